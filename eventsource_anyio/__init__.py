@@ -1,0 +1,69 @@
+"""Event sourcing that runs the same core on asyncio and Trio."""
+
+from .aggregates.decider import Decider, DeciderAggregate
+from .aggregates.repository import AggregateRepository
+from .aggregates.root import AggregateRoot, applies
+from .bus.interface import EventBus
+from .errors import (
+    AggregateNotFoundError,
+    ConcurrencyError,
+    DuplicateEventError,
+    EventDecodeError,
+    EventDefinitionError,
+    EventEncodeError,
+    EventSourceError,
+    StorageError,
+    StoreClosedError,
+)
+from .events import DomainEvent, NewEvent, StoredEvent, caused_by, upcaster
+from .metadata import event_metadata
+from .stores.in_memory import InMemoryEventStore
+from .stores.interface import (
+    ANY,
+    NO_STREAM,
+    STREAM_EXISTS,
+    AppendResult,
+    EventStore,
+    EventStream,
+    ReadOptions,
+    Subscription,
+    Transaction,
+)
+from .stores.sqlite import SQLiteEventStore
+from .sync import SyncRunner
+
+__all__ = [
+    "ANY",
+    "NO_STREAM",
+    "STREAM_EXISTS",
+    "AggregateNotFoundError",
+    "AggregateRepository",
+    "AggregateRoot",
+    "AppendResult",
+    "ConcurrencyError",
+    "Decider",
+    "DeciderAggregate",
+    "DomainEvent",
+    "DuplicateEventError",
+    "EventBus",
+    "EventDecodeError",
+    "EventDefinitionError",
+    "EventEncodeError",
+    "EventSourceError",
+    "EventStore",
+    "EventStream",
+    "InMemoryEventStore",
+    "NewEvent",
+    "ReadOptions",
+    "SQLiteEventStore",
+    "StorageError",
+    "StoreClosedError",
+    "StoredEvent",
+    "Subscription",
+    "SyncRunner",
+    "Transaction",
+    "applies",
+    "caused_by",
+    "event_metadata",
+    "upcaster",
+]

@@ -1,0 +1,1 @@
+"""Consistency boundaries: state that is rebuilt from one stream, and decides what is appended."""

@@ -1,0 +1,1 @@
+"""How other parts of a program hear of events."""

@@ -1,0 +1,104 @@
+"""Identifiers: event ids, aggregate ids, and the stream id made of an aggregate's type and id.
+
+- A stream id is `{aggregate_type}-{aggregate_id}`. A type holds no `-`, so that the id always
+  begins after the first one and two streams never share a stream id.
+- A string in the canonical form of a UUID *is* that UUID, whoever wrote it: both name the same
+  stream, and it comes back as a `UUID`. Any other string comes back as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import TypeAlias
+from uuid import UUID
+
+from msgspec import convert
+
+AggregateId: TypeAlias = UUID | str
+
+_LONGEST = 255
+
+if sys.version_info >= (3, 14):
+    from uuid import uuid7
+else:
+    from os import urandom
+    from time import time_ns
+
+    def uuid7() -> UUID:
+        """A UUID of version 7 (RFC 9562, method 3): sorts by the time it was made at."""
+        milliseconds, nanoseconds = divmod(time_ns(), 1_000_000)
+        fraction = nanoseconds * 4096 // 1_000_000
+        head = (milliseconds << 16 | 0x7000 | fraction).to_bytes(8, "big")
+        tail = urandom(8)
+        return convert(head + bytes((tail[0] & 0x3F | 0x80,)) + tail[1:], UUID)
+
+
+def uuid_of(data: bytes) -> UUID:
+    """The UUID of 16 bytes; four times as fast as its constructor."""
+    return convert(data, UUID)
+
+
+def _check(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string, not {type(value).__name__}: {value!r}")
+    if not value or len(value) > _LONGEST:
+        raise ValueError(f"{what} must have 1 to {_LONGEST} characters, not {len(value)}")
+    if "\0" in value or not _is_text(value):
+        raise ValueError(f"{what} holds a character that no database stores as text: {value!r}")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def normalize_aggregate_id(aggregate_id: AggregateId) -> AggregateId:
+    """The id as every store keeps it; `ValueError` or `TypeError` if it cannot be one."""
+    if isinstance(aggregate_id, UUID):
+        return aggregate_id
+    if not isinstance(aggregate_id, str):
+        raise TypeError(
+            f"aggregate_id must be a UUID or a string, not {type(aggregate_id).__name__}: "
+            f"{aggregate_id!r}. Convert it, such as str({aggregate_id!r})."
+        )
+    _check("aggregate_id", aggregate_id)
+    if len(aggregate_id) == 36 and aggregate_id[8] == "-":
+        try:
+            parsed = UUID(aggregate_id)
+        except ValueError:
+            return aggregate_id
+        if str(parsed) == aggregate_id:
+            return parsed
+    return aggregate_id
+
+
+@lru_cache(maxsize=1024)
+def check_aggregate_type(aggregate_type: str) -> str:
+    """The same string; `ValueError` or `TypeError` if it cannot be an aggregate type."""
+    _check("aggregate_type", aggregate_type)
+    if "-" in aggregate_type:
+        raise ValueError(
+            f"aggregate_type {aggregate_type!r} holds a '-', which ends the type in a stream id. "
+            "Use '_' or '.' instead."
+        )
+    return aggregate_type
+
+
+def stream_id_of(aggregate_type: str, aggregate_id: AggregateId) -> str:
+    return f"{aggregate_type}-{aggregate_id}"
+
+
+def parse_stream_id(stream_id: str) -> tuple[str, AggregateId]:
+    """The aggregate type and id of a stream id; `ValueError` if it is none."""
+    _check("stream_id", stream_id)
+    aggregate_type, dash, aggregate_id = stream_id.partition("-")
+    if not (aggregate_type and dash and aggregate_id):
+        raise ValueError(
+            f"{stream_id!r} is not a stream id. It is the aggregate type, '-' and the aggregate id, "
+            "such as 'Account-6f1c8a52-…'; StoredEvent.stream_id gives it."
+        )
+    return aggregate_type, normalize_aggregate_id(aggregate_id)

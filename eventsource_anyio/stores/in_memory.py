@@ -1,0 +1,170 @@
+"""The in-memory store: the reference for what a store does, and the fake for a user's tests.
+
+Invariants:
+- `_records[position - 1]` is the record at a position; positions have no gaps.
+- `_write` changes everything between two checkpoints, so no reader sees half of an append.
+- It keeps what was encoded, and decodes at every read, as a database would: what a database would
+  refuse, or would not give back the same, is refused here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TypeAlias
+from uuid import UUID
+
+from anyio.lowlevel import checkpoint
+
+from ..errors import StoreClosedError
+from ..ids import AggregateId
+from .interface import EventStore
+from .reading import Page, PageRequest
+from .records import Append, AppendResult, EncodedEvent, Read, decode_stored
+from .signal import AppendSignal
+
+_Record: TypeAlias = tuple[EncodedEvent, AggregateId, str, int, datetime]
+_SEARCHED_AT_MOST = 10_000
+
+
+class InMemoryEventStore(EventStore):
+    """A store that lives as long as its object; opened again, it still has its events.
+
+    For tests, and for programs that need no durability. It belongs to one event loop at a time.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[_Record] = []
+        self._streams: dict[AggregateId, dict[str, list[int]]] = {}
+        self._positions: dict[UUID, int] = {}
+        self._signal: AppendSignal | None = None
+
+    async def _open(self) -> None:
+        await checkpoint()
+        if self._signal is not None:
+            raise RuntimeError("this InMemoryEventStore is open already")
+        self._signal = AppendSignal()
+        self._signal.advance(len(self._records))
+
+    async def _close(self) -> None:
+        signal, self._signal = self._signal, None
+        if signal is not None:
+            signal.close(type(self).__name__)
+
+    def _opened(self) -> AppendSignal:
+        if self._signal is None:
+            raise StoreClosedError(type(self).__name__)
+        return self._signal
+
+    async def last_position(self) -> int:
+        await checkpoint()
+        self._opened()
+        return len(self._records)
+
+    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+        await checkpoint()
+        signal = self._opened()
+        before = len(self._records)
+        try:
+            results = [self._append(append) for append in appends]
+        except BaseException:
+            self._forget(before)
+            raise
+        signal.advance(len(self._records))
+        return results
+
+    def _append(self, append: Append) -> AppendResult:
+        aggregate_type, aggregate_id = append.aggregate_type, append.aggregate_id
+        stream = self._stream(aggregate_type, aggregate_id)
+        records, positions = self._records, self._positions
+        stored = {
+            encoded.event_id: self._decode(positions[encoded.event_id])
+            for encoded in append.events
+            if encoded.event_id in positions
+        }
+        if stored:
+            return append.repeated(stored)
+        version, position = len(stream), len(records)
+        if not append.expects(version):
+            meanwhile = [
+                records[stream[one - 1] - 1][0].event_type for one in append.unexpected(version)
+            ]
+            raise append.conflict(version, meanwhile)
+        now = datetime.now(UTC)
+        if records:
+            now = max(now, records[-1][-1])
+        if not stream:
+            stream = self._streams.setdefault(aggregate_id, {}).setdefault(aggregate_type, [])
+        for offset, encoded in enumerate(append.events, 1):
+            records.append((encoded, aggregate_id, aggregate_type, version + offset, now))
+            stream.append(position + offset)
+            positions[encoded.event_id] = position + offset
+        return append.result(version + 1, position + 1, now)
+
+    def _stream(self, aggregate_type: str, aggregate_id: AggregateId) -> list[int]:
+        return self._streams.get(aggregate_id, {}).get(aggregate_type, [])
+
+    def _forget(self, last: int) -> None:
+        """Take back what a failed unit of appends has added after this position."""
+        while len(self._records) > last:
+            encoded, aggregate_id, aggregate_type, _, _ = self._records.pop()
+            self._streams[aggregate_id][aggregate_type].pop()
+            del self._positions[encoded.event_id]
+
+    def _decode(self, position: int) -> Read:
+        encoded, aggregate_id, aggregate_type, version, recorded_at = self._records[position - 1]
+        return decode_stored(
+            encoded.event_id,
+            encoded.event_type,
+            aggregate_id,
+            aggregate_type,
+            version,
+            position,
+            recorded_at,
+            encoded.occurred_at,
+            encoded.metadata_json,
+            encoded.schema_version,
+            encoded.payload,
+        )
+
+    async def _read(self, request: PageRequest) -> Page:
+        await checkpoint()
+        self._opened()
+        # A stream is a list of positions, the whole store is the range of them: one way to read.
+        positions: Sequence[int] = (
+            range(1, len(self._records) + 1)
+            if request.stream is None
+            else self._stream(*request.stream)
+        )
+        step = -1 if request.backwards else 1
+        first, last = (len(positions), 1) if request.backwards else (1, len(positions))
+        if request.start is not None:
+            first = min(first, request.start) if request.backwards else request.start
+        if request.stop is not None:
+            last = max(last, request.stop) if request.backwards else min(last, request.stop)
+        found: list[Read] = []
+        resume, searched = first, 0
+        while (last - resume) * step >= 0:
+            if len(found) == request.limit or searched == _SEARCHED_AT_MOST:
+                return Page(found, resume, at_end=False)
+            position = positions[resume - 1]
+            if self._matches(request, position):
+                found.append(self._decode(position))
+            resume += step
+            searched += 1
+        return Page(found, resume, at_end=True)
+
+    def _matches(self, request: PageRequest, position: int) -> bool:
+        encoded, _, aggregate_type, _, _ = self._records[position - 1]
+        return (not request.event_types or encoded.event_type in request.event_types) and (
+            not request.aggregate_types or aggregate_type in request.aggregate_types
+        )
+
+    async def _wait(self, after: int) -> None:
+        await self._opened().wait(after)
+
+    async def _aggregate_types(self, aggregate_id: AggregateId) -> Sequence[str]:
+        await checkpoint()
+        self._opened()
+        streams = self._streams.get(aggregate_id, {})
+        return sorted(kind for kind, stream in streams.items() if stream)

@@ -1,0 +1,172 @@
+"""Reading by pages: finite iterators, and subscriptions that never end.
+
+- Nothing is held between two pages: no connection, no scope, no task. An iterator may be abandoned
+  at any point, on any loop.
+- Reading a page is a checkpoint, and nothing is consumed before it has succeeded; the events of a
+  page that is there are handed out without another one (a checkpoint an event would cost more than
+  the event).
+- An event that cannot be decoded is raised in its turn; asked again, the reader goes on after it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import anyio
+from anyio.lowlevel import checkpoint
+from msgspec import Struct
+from msgspec.structs import replace
+
+from ..errors import EventDecodeError
+from ..events import StoredEvent
+from ..ids import AggregateId
+from .records import Read
+
+
+class PageRequest(Struct, frozen=True):
+    """At most `limit` events of a stream, by version, or of the whole store, by position.
+
+    `start` and `stop` are the first and the last version or position to read, both included, in the
+    direction of reading; None is the end of the store in that direction. Empty filters let
+    everything through.
+    """
+
+    stream: tuple[str, AggregateId] | None
+    start: int | None
+    stop: int | None
+    backwards: bool
+    limit: int
+    event_types: tuple[str, ...]
+    aggregate_types: tuple[str, ...]
+
+
+class Page(Struct, frozen=True):
+    """Events in the order asked for. `resume` is where the next page starts.
+
+    `at_end` is true if there was nothing more to read. A page that is empty and not at the end is
+    allowed: a store may bound how much it searches for one page.
+    """
+
+    events: Sequence[Read]
+    resume: int
+    at_end: bool
+
+
+ReadPage: TypeAlias = Callable[[PageRequest], Awaitable[Page]]
+WaitAppended: TypeAlias = Callable[[int], Awaitable[None]]
+
+
+class _PageReader(AsyncIterator[StoredEvent]):
+    """Hands out the events of one page after another; `_turn` gets the next one."""
+
+    __slots__ = ("_events", "_guard", "_index", "_read", "_request")
+
+    def __init__(self, read: ReadPage, request: PageRequest) -> None:
+        self._read = read
+        self._request = request
+        self._events: Sequence[Read] = ()
+        self._index = 0
+        self._guard = anyio.ResourceGuard("reading from")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StoredEvent:
+        while self._index >= len(self._events):
+            with self._guard:
+                await self._turn()
+        event = self._events[self._index]
+        self._index += 1
+        self._passed(event)
+        if isinstance(event, EventDecodeError):
+            raise event
+        return event
+
+    @abstractmethod
+    async def _turn(self) -> None:
+        """Get the next page, wait for one, or raise `StopAsyncIteration`."""
+
+    def _passed(self, event: Read) -> None:  # noqa: B027
+        """An event is handed out."""
+
+
+class EventIterator(_PageReader):
+    """A finite read. It needs no closing."""
+
+    __slots__ = ("_ended", "_left")
+
+    def __init__(self, read: ReadPage, request: PageRequest, limit: int | None) -> None:
+        super().__init__(read, request)
+        self._left = limit
+        self._ended = False
+
+    async def _turn(self) -> None:
+        left, request = self._left, self._request
+        if self._ended or left == 0:
+            await checkpoint()
+            raise StopAsyncIteration
+        page = await self._read(
+            request if left is None or left >= request.limit else replace(request, limit=left)
+        )
+        self._events, self._index = page.events, 0
+        self._request = replace(request, start=page.resume)
+        self._ended = page.at_end
+        if left is not None:
+            self._left = left - len(page.events)
+
+
+class Subscription(_PageReader):
+    """A read that never ends: every event after a position, in order, then each new one.
+
+    An async context manager, usable once, and an async iterator inside its block. It reads the
+    store only, so nothing that was committed is missed, whatever happens to the hints that wake it.
+
+    `position` is how far it has got: every event up to it was handed out or filtered out. It is
+    what to store as a checkpoint, and to give as `after` next time.
+    """
+
+    __slots__ = ("_open", "_wait", "position")
+
+    def __init__(self, read: ReadPage, request: PageRequest, after: int, wait: WaitAppended) -> None:
+        super().__init__(read, request)
+        self.position = after
+        self._wait = wait
+        self._open: bool | None = None
+
+    async def __aenter__(self) -> Self:
+        await checkpoint()
+        if self._open is not None:
+            raise RuntimeError("a subscription is entered once; call subscribe() for another one")
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open = False
+        self._events = ()
+        await checkpoint()
+
+    async def _turn(self) -> None:
+        if not self._open:
+            raise RuntimeError(
+                "a subscription is read inside its block: "
+                "async with store.subscribe(after=…) as subscription: …"
+            )
+        page = await self._read(self._request)
+        self._events, self._index = page.events, 0
+        self._request = replace(self._request, start=page.resume)
+        if not page.events:
+            self.position = max(self.position, page.resume - 1)
+            if page.at_end:
+                await self._wait(page.resume - 1)
+
+    def _passed(self, event: Read) -> None:
+        last = self._index == len(self._events)
+        self.position = (self._request.start or 1) - 1 if last else event.position

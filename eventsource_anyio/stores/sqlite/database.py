@@ -1,0 +1,298 @@
+"""What is in the SQLite file, and the statements on it. Everything here runs on the worker's thread.
+
+Invariants:
+- SQLite has one writer at a time, from `BEGIN IMMEDIATE` to the commit. Positions are given out in
+  between, so they become visible in their order, and a reader never sees a gap close.
+- `recorded_at` never decreases with the position, also when the clock is set back.
+- An id of 16 bytes is a UUID, one of text is a string.
+- Moments are whole microseconds since 1970 in UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import time_ns
+from typing import TYPE_CHECKING, Literal, TypeAlias
+from uuid import UUID
+
+from ...errors import EventSourceError, StorageError
+from ...ids import AggregateId, uuid_of
+from ..reading import PageRequest
+from ..records import (
+    EPOCH,
+    Append,
+    AppendResult,
+    Read,
+    decode_stored,
+    from_microseconds,
+    to_microseconds,
+)
+from .worker import is_locked
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+Synchronous: TypeAlias = Literal["FULL", "NORMAL"]
+Row: TypeAlias = tuple[
+    int, str, str | bytes, int, bytes, str, int, int, int | None, str | None, str
+]
+
+_APPLICATION_ID = 0x65766E74  # "evnt"
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY,
+    aggregate_type TEXT NOT NULL,
+    aggregate_id BLOB NOT NULL,
+    version INTEGER NOT NULL,
+    event_id BLOB NOT NULL UNIQUE,
+    event_type TEXT NOT NULL,
+    schema_version INTEGER NOT NULL,
+    recorded_at INTEGER NOT NULL,
+    occurred_at INTEGER,
+    metadata TEXT,
+    payload TEXT NOT NULL,
+    UNIQUE (aggregate_id, aggregate_type, version)
+)
+"""
+_COLUMNS = (
+    "position, aggregate_type, aggregate_id, version, event_id, event_type, schema_version, "
+    "recorded_at, occurred_at, metadata, payload"
+)
+_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_VERSION = "SELECT max(version) FROM events WHERE aggregate_id = ? AND aggregate_type = ?"
+_LAST = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1"
+_BY_ID = f"SELECT {_COLUMNS} FROM events WHERE event_id = ?"
+_TYPES_BETWEEN = (
+    "SELECT event_type FROM events WHERE aggregate_id = ? AND aggregate_type = ? "
+    "AND version BETWEEN ? AND ? ORDER BY version"
+)
+_AGGREGATE_TYPES = (
+    "SELECT DISTINCT aggregate_type FROM events WHERE aggregate_id = ? ORDER BY aggregate_type"
+)
+_TAKE_BACK = "DELETE FROM events WHERE position > ?"
+_LARGEST = 2**63 - 1
+_SEARCHED_AT_MOST = 50_000
+# How long one attempt waits on its thread for a lock; in between, the caller can be cancelled.
+_LOCK_ATTEMPT = 0.05
+
+
+class SQLiteDatabase:
+    """The statements of one file, and what is known of its end."""
+
+    def __init__(self, path: Path, synchronous: Synchronous) -> None:
+        self._path = path
+        self._synchronous = synchronous
+        self.position = 0
+        self._recorded_at = 0
+
+    def connect(self) -> Connection:
+        import sqlite3
+
+        try:
+            connection = sqlite3.connect(
+                self._path, timeout=_LOCK_ATTEMPT, isolation_level=None, cached_statements=64
+            )
+        except sqlite3.Error as error:
+            raise self._unusable(str(error), "Does its folder exist, and may we write to it?") from error
+        try:
+            self._prepare(connection)
+        except BaseException as error:
+            connection.close()
+            if is_locked(error) or isinstance(error, EventSourceError):
+                raise
+            raise self._unusable(str(error), "Is it a SQLite database, and may we write to it?") from error
+        return connection
+
+    def _prepare(self, connection: Connection) -> None:
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if application == _APPLICATION_ID and version > _SCHEMA_VERSION:
+            raise self._unusable(
+                f"its schema version is {version}, this program knows {_SCHEMA_VERSION}",
+                "A newer eventsource-anyio made it. Update this program.",
+            )
+        if application != _APPLICATION_ID and tables:
+            raise self._unusable(
+                "it holds the tables of another program", "Give the store a file of its own."
+            )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables:
+            connection.execute(_SCHEMA)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+        self.look(connection)
+
+    def _unusable(self, reason: str, remedy: str) -> StorageError:
+        return StorageError(f"{self._path} cannot be opened as an event store.\n  {reason}\n  {remedy}")
+
+    def look(self, connection: Connection) -> None:
+        last = connection.execute(_LAST).fetchone()
+        self.position, self._recorded_at = last or (0, 0)
+
+    def begin(self, connection: Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        self.look(connection)
+        self._recorded_at = max(self._recorded_at, time_ns() // 1000)
+
+    def append(self, connection: Connection, appends: Sequence[Append]) -> list[AppendResult]:
+        """Store all of the appends, or raise and have changed nothing."""
+        position = self.position
+        try:
+            return [self._append(connection, append) for append in appends]
+        except EventSourceError:
+            self.position = position
+            connection.execute(_TAKE_BACK, (position,))
+            raise
+
+    def _append(self, connection: Connection, append: Append) -> AppendResult:
+        aggregate_id = _column(append.aggregate_id)
+        stream = (aggregate_id, append.aggregate_type)
+        version = connection.execute(_VERSION, stream).fetchone()[0] or 0
+        if not append.expects(version):
+            stored = self._stored(connection, append)
+            if stored:
+                return append.repeated(stored)
+            versions = append.unexpected(version)
+            between = (*stream, versions.start, versions.stop - 1)
+            types = [row[0] for row in connection.execute(_TYPES_BETWEEN, between)]
+            raise append.conflict(version, types)
+        recorded_at = self._recorded_at
+        rows = [
+            (
+                self.position + offset,
+                append.aggregate_type,
+                aggregate_id,
+                version + offset,
+                encoded.event_id.bytes,
+                encoded.event_type,
+                encoded.schema_version,
+                recorded_at,
+                to_microseconds(encoded.occurred_at) if encoded.occurred_at else None,
+                encoded.metadata_json,
+                encoded.payload,
+            )
+            for offset, encoded in enumerate(append.events, 1)
+        ]
+        try:
+            if len(rows) == 1:
+                connection.execute(_INSERT, rows[0])
+            else:
+                connection.executemany(_INSERT, rows)
+        except Exception as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_CONSTRAINT_UNIQUE":
+                raise
+            connection.execute(_TAKE_BACK, (self.position,))
+            return append.repeated(self._stored(connection, append))
+        result = append.result(version + 1, self.position + 1, from_microseconds(recorded_at))
+        self.position += len(rows)
+        return result
+
+    def _stored(self, connection: Connection, append: Append) -> dict[UUID, Read]:
+        stored: dict[UUID, Read] = {}
+        for encoded in append.events:
+            rows = connection.execute(_BY_ID, (encoded.event_id.bytes,)).fetchall()
+            if rows:
+                (stored[encoded.event_id],) = decode_rows(rows)
+        return stored
+
+    def aggregate_types(self, connection: Connection, aggregate_id: AggregateId) -> list[str]:
+        rows = connection.execute(_AGGREGATE_TYPES, (_column(aggregate_id),)).fetchall()
+        return [row[0] for row in rows]
+
+    def page(self, connection: Connection, request: PageRequest) -> tuple[list[Row], int, bool]:
+        """The rows of a page, where to resume, and whether it reaches the end."""
+        if request.stream is not None:
+            return self._stream_page(connection, request)
+        self.look(connection)
+        low, high = _bounds(request)
+        high = min(high, self.position)
+        if request.event_types or request.aggregate_types:
+            if request.backwards:
+                low = max(low, high - _SEARCHED_AT_MOST + 1)
+            else:
+                high = min(high, low + _SEARCHED_AT_MOST - 1)
+        rows = _select(connection, request, "position", low, high)
+        if len(rows) == request.limit:
+            return rows, rows[-1][0] + (-1 if request.backwards else 1), False
+        if request.backwards:
+            return rows, low - 1, low <= (request.stop or 1)
+        end = self.position if request.stop is None else min(request.stop, self.position)
+        return rows, max(low, high + 1), high >= end
+
+    def _stream_page(
+        self, connection: Connection, request: PageRequest
+    ) -> tuple[list[Row], int, bool]:
+        rows = _select(connection, request, "version", *_bounds(request))
+        if len(rows) < request.limit:
+            return rows, 0, True
+        return rows, rows[-1][3] + (-1 if request.backwards else 1), False
+
+
+def _bounds(request: PageRequest) -> tuple[int, int]:
+    low, high = request.start, request.stop
+    if request.backwards:
+        low, high = high, low
+    return min(low or 0, _LARGEST), _LARGEST if high is None else min(high, _LARGEST)
+
+
+def _select(
+    connection: Connection, request: PageRequest, order: str, low: int, high: int
+) -> list[Row]:
+    where = [f"{order} BETWEEN ? AND ?"]
+    values: list[object] = [low, high]
+    if request.stream is not None:
+        aggregate_type, aggregate_id = request.stream
+        where.append("aggregate_id = ? AND aggregate_type = ?")
+        values += [_column(aggregate_id), aggregate_type]
+    for column, names in (
+        ("event_type", request.event_types),
+        ("aggregate_type", request.aggregate_types),
+    ):
+        if names:
+            where.append(f"{column} IN ({', '.join('?' * len(names))})")
+            values += names
+    direction = "DESC" if request.backwards else "ASC"
+    statement = (
+        f"SELECT {_COLUMNS} FROM events WHERE {' AND '.join(where)} "  # noqa: S608
+        f"ORDER BY {order} {direction} LIMIT ?"
+    )
+    return connection.execute(statement, (*values, min(request.limit, _LARGEST))).fetchall()
+
+
+def _column(aggregate_id: AggregateId) -> str | bytes:
+    return aggregate_id.bytes if isinstance(aggregate_id, UUID) else aggregate_id
+
+
+def decode_rows(rows: Sequence[Row]) -> list[Read]:
+    """The events of rows, in the reader's own task, where its context variables are."""
+    known, recorded_at = -1, EPOCH
+    events: list[Read] = []
+    for row in rows:
+        aggregate_id = row[2]
+        if row[7] != known:
+            known = row[7]
+            recorded_at = from_microseconds(known)
+        occurred_at = row[8]
+        events.append(
+            decode_stored(
+                uuid_of(row[4]),
+                row[5],
+                aggregate_id if isinstance(aggregate_id, str) else uuid_of(aggregate_id),
+                row[1],
+                row[3],
+                row[0],
+                recorded_at,
+                None if occurred_at is None else from_microseconds(occurred_at),
+                row[9],
+                row[6],
+                row[10],
+            )
+        )
+    return events

@@ -1,0 +1,317 @@
+"""One SQLite connection on one thread, which runs a batch of jobs a hop.
+
+- The queue lives on the event loop, so it needs no lock, and a caller that is cancelled before its
+  job was handed over takes it out again. The thread has one batch at a time; while it works, the
+  next batch gathers. So there is no timer: a lone job goes at once.
+- The write jobs of a batch share one transaction, each with its own result or error; reads run
+  after it. A job that failed has changed nothing.
+- A write that was handed over is finished, shielded: its caller's outcome is what happened.
+- A job that finds the database locked by another process goes back into the queue and is tried
+  again, so waiting for a lock is waiting in the queue: it can be cancelled, and reads overtake it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+
+import anyio
+from anyio import from_thread
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
+
+from ...cleanup import shielded_cleanup
+from ...errors import EventSourceError, StorageError, StoreClosedError
+from ..signal import AppendSignal
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+_COST_AT_MOST = 1000
+_BUSY, _LOCKED = 5, 6
+
+T = TypeVar("T")
+
+
+class Database(Protocol):
+    """What the worker runs on its thread, other than jobs. `position` is the last one known."""
+
+    position: int
+
+    def connect(self) -> Connection: ...
+    def begin(self, connection: Connection) -> None:
+        """Start a write transaction; learn of what other processes have written."""
+
+    def look(self, connection: Connection) -> None:
+        """Learn of what other processes have written."""
+
+
+class _Job(Generic[T]):
+    __slots__ = ("cost", "done", "error", "handed_over", "run", "scope", "value", "withdrawn")
+
+    def __init__(
+        self, run: Callable[[Connection], T], cost: int, scope: anyio.CancelScope | None
+    ) -> None:
+        self.run = run
+        self.cost = cost
+        self.scope = scope  # that of a write; a read has none
+        self.done = anyio.Event()
+        self.handed_over = False
+        self.withdrawn = False
+        self.value: T | None = None
+        self.error: BaseException | None = None
+
+
+class Worker:
+    """Runs functions of a connection on its own thread, in batches.
+
+    It tells the signal, on the event loop, of the last position after every batch; and while
+    anybody waits for the signal, it looks every `poll_every` seconds for other processes' events.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        signal: AppendSignal,
+        *,
+        name: str,
+        poll_every: float,
+    ) -> None:
+        self._database = database
+        self._signal = signal
+        self._name = name
+        self._poll_every = poll_every
+        self._waiting: deque[_Job[object]] = deque()
+        self._batches: queue.SimpleQueue[Sequence[_Job[object]] | None] = queue.SimpleQueue()
+        self._working = False
+        self._watching = False
+        self._open = False
+        self._stopped = anyio.Event()
+        self._token = current_token()
+
+    async def open(self) -> None:
+        """Start the thread and connect; a database that is locked is tried again."""
+        while not self._open:
+            connected: _Job[object] = _Job(lambda _: None, 0, None)
+            thread = threading.Thread(
+                target=self._main, args=(connected,), name=self._name, daemon=True
+            )
+            thread.start()
+            try:
+                await connected.done.wait()
+            except BaseException:
+                self._batches.put(None)
+                raise
+            if connected.error is None:
+                self._open = True
+            elif not is_locked(connected.error):
+                raise connected.error
+
+    async def close(self) -> None:
+        """Let the batch at hand finish, refuse what waits, close the connection."""
+        if not self._open:
+            return
+        self._open = False
+        self._batches.put(None)
+        for job in self._waiting:
+            job.error = StoreClosedError(self._name)
+            job.done.set()
+        self._waiting.clear()
+        with shielded_cleanup():
+            await self._stopped.wait()
+
+    async def read(self, run: Callable[[Connection], T], cost: int = 1) -> T:
+        job = _Job(run, cost, None)
+        self._submit(cast("_Job[object]", job))
+        try:
+            await job.done.wait()
+        finally:
+            job.withdrawn = True
+        return _outcome(job)
+
+    async def write(self, run: Callable[[Connection], T], cost: int = 1) -> T:
+        """Run inside the batch's transaction. What raises must have changed nothing."""
+        await checkpoint_if_cancelled()
+        with anyio.CancelScope() as scope:
+            job = _Job(run, cost, scope)
+            self._submit(cast("_Job[object]", job))
+            try:
+                await job.done.wait()
+            except BaseException:
+                job.withdrawn = True
+                if job.handed_over:
+                    # The cancellation was on its way before the shield was raised.
+                    with anyio.CancelScope(shield=True):
+                        await job.done.wait()
+                raise
+        return _outcome(job)
+
+    def watch(self) -> None:
+        """Somebody has begun to wait for other processes: wake the thread up to look for them."""
+        if not self._watching:
+            self._watching = True
+            self._batches.put(())
+
+    # On the event loop -----------------------------------------------------------------------
+
+    def _submit(self, job: _Job[object]) -> None:
+        if not self._open:
+            raise StoreClosedError(self._name)
+        self._waiting.append(job)
+        if not self._working:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        batch: list[_Job[object]] = []
+        cost = 0
+        while self._waiting and cost < _COST_AT_MOST:
+            job = self._waiting.popleft()
+            if job.withdrawn:
+                continue
+            job.handed_over = True
+            if job.scope is not None:
+                job.scope.shield = True
+            cost += job.cost
+            batch.append(job)
+        self._working = bool(batch)
+        if batch:
+            self._batches.put(batch)
+
+    def _finished(self, batch: Sequence[_Job[object]], position: int) -> None:
+        self._signal.advance(position)
+        settled = [job for job in batch if not is_locked(job.error)]
+        for job in reversed(batch):
+            if is_locked(job.error):
+                self._put_back(job)
+        if batch:
+            self._hand_over()
+        for job in settled:
+            job.done.set()
+
+    def _put_back(self, job: _Job[object]) -> None:
+        job.error = None
+        job.handed_over = False
+        if job.scope is not None:
+            job.scope.shield = False
+        if self._open:
+            self._waiting.appendleft(job)
+        else:
+            job.error = StoreClosedError(self._name)
+            job.done.set()
+
+    # On the thread ---------------------------------------------------------------------------
+
+    def _main(self, connected: _Job[object]) -> None:
+        try:
+            try:
+                connection = self._database.connect()
+            except BaseException as error:
+                connected.error = error
+                return
+            finally:
+                from_thread.run_sync(connected.done.set, token=self._token)
+            try:
+                self._serve(connection)
+            finally:
+                connection.close()
+                from_thread.run_sync(self._stopped.set, token=self._token)
+        except RuntimeError:
+            # The event loop has ended with the store still open; there is nobody left to tell.
+            return
+
+    def _serve(self, connection: Connection) -> None:
+        database = self._database
+        looked = monotonic()
+        while True:
+            # Down first: a reader that comes in between sees it down, and wakes this thread up.
+            self._watching = False
+            watching = self._watching = self._signal.waiting > 0
+            left = looked + self._poll_every - monotonic() if watching else None
+            try:
+                batch = self._batches.get(timeout=None if left is None else max(left, 0))
+            except queue.Empty:
+                batch = ()
+            if batch is None:
+                return
+            if batch:
+                self._execute(connection, batch)
+            known = database.position
+            if watching and monotonic() - looked >= self._poll_every:
+                database.look(connection)
+                looked = monotonic()
+            if batch or database.position > known:
+                from_thread.run_sync(self._finished, batch, database.position, token=self._token)
+
+    def _execute(self, connection: Connection, batch: Sequence[_Job[object]]) -> None:
+        writes = [job for job in batch if job.scope is not None]
+        if writes:
+            self._write(connection, writes)
+            if len(writes) > 1 and any(_is_failure(job.error) for job in writes):
+                # One of them may have broken it for all: each by itself, in a transaction each.
+                for job in writes:
+                    self._write(connection, [job])
+        for job in batch:
+            if job.scope is None:
+                _run(job, connection)
+
+    def _write(self, connection: Connection, jobs: Sequence[_Job[object]]) -> None:
+        known = self._database.position
+        try:
+            self._database.begin(connection)
+            for job in jobs:
+                job.error = None
+                try:
+                    job.value = job.run(connection)
+                except EventSourceError as error:
+                    job.error = error
+            connection.execute("COMMIT")
+        except BaseException as error:
+            self._database.position = known
+            _roll_back(connection)
+            for job in jobs:
+                job.error = _failure(error)
+
+
+def _run(job: _Job[object], connection: Connection) -> None:
+    try:
+        job.value = job.run(connection)
+    except EventSourceError as error:
+        job.error = error
+    except BaseException as error:
+        job.error = _failure(error)
+
+
+def _outcome(job: _Job[T]) -> T:
+    if job.error is not None:
+        raise job.error
+    return cast("T", job.value)
+
+
+def _roll_back(connection: Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether another process, or a checkpoint, was just using the database."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (_BUSY, _LOCKED)
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    return isinstance(error, StorageError)
+
+
+def _failure(error: BaseException) -> BaseException:
+    if is_locked(error):
+        return error
+    failure = StorageError(
+        f"SQLite failed: {error} ({type(error).__name__}).\n"
+        "  Nothing of this call was stored.\n"
+        "  Look at the disk (space, permissions, health); the same call, with the same event ids, "
+        "can be made again."
+    )
+    failure.__cause__ = error
+    return failure
