@@ -1,0 +1,18 @@
+"""For tests: the contract of a store as a test suite, given/when/then, cancellation, fixtures.
+
+`EventStoreContract` is subclassed with a `store` fixture and run by pytest with anyio's plugin.
+The fixtures `event_store` and `sqlite_event_store` are there wherever this package is installed.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"eventsource_anyio.testing.{name}" for name in ("appending", "reading", "subscribing")),
+    "eventsource_anyio.testing.cancelling",
+)
+
+from .cancelling import cancel_at_every_checkpoint  # noqa: E402
+from .contract import EventStoreContract  # noqa: E402
+from .scenario import given  # noqa: E402
+
+__all__ = ["EventStoreContract", "cancel_at_every_checkpoint", "given"]

@@ -1,0 +1,64 @@
+"""Every async test runs on asyncio, on uvloop and on Trio; `--loop` selects among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {"debug": False}),
+    "trio": ("trio", {}),
+}
+if sys.platform != "win32":
+    LOOPS["uvloop"] = ("asyncio", {"debug": False, "use_uvloop": True})
+
+# The same examples every time, so that a failure is somebody's doing. To look for new ones:
+# pytest --hypothesis-profile=explore
+settings.register_profile(
+    "ci", deadline=None, max_examples=50, derandomize=True, database=None, print_blob=True
+)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--loop",
+        action="append",
+        choices=sorted(LOOPS),
+        help="run async tests on this event loop; may be repeated (default: on all of them)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the async tests of the event loops that were not chosen."""
+    if not (chosen := config.getoption("--loop")):
+        return
+    others = LOOPS.keys() - set(chosen)
+    deselected = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("anyio_backend") in others
+    ]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="module", params=sorted(LOOPS))
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """The event loop of an async test: a backend of anyio and its options."""
+    loop: str = request.param
+    if find_spec(loop) is None:
+        reason = f"{loop} is not installed; pip install -e '.[test]' brings it"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return LOOPS[loop]
