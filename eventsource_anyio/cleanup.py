@@ -1,4 +1,4 @@
-"""The one place that shields clean-up from cancellation; bounded, so that it cannot hang for ever."""
+"""The one place that shields clean-up from cancellation; bounded, so it cannot hang for ever."""
 
 from __future__ import annotations
 

@@ -15,6 +15,14 @@ from uuid import UUID
 class EventSourceError(Exception):
     """The base of every error that this library raises for what happened to events."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Pickled as its message and attributes: the constructors take something else.
+        return _remade, (type(self), self.args), vars(self)
+
+
+def _remade(error: type[EventSourceError], args: tuple[object, ...]) -> EventSourceError:
+    return error.__new__(error, *args)
+
 
 class EventDefinitionError(EventSourceError, TypeError):
     """An event class cannot be stored and read back the same; raised where the class is defined."""
@@ -111,7 +119,7 @@ class DuplicateEventError(EventSourceError):
     def __init__(self, event_id: UUID, stream_id: str, reason: str) -> None:
         super().__init__(
             f"Event {event_id} is already stored and cannot be appended to {stream_id}: {reason}.\n"
-            "  An event id stands for one event for ever; only the very same append may be repeated.\n"
+            "  An event id stands for one event; only the very same append may be repeated.\n"
             "  Give a new event a new id: leave event_id out, and NewEvent makes one."
         )
         self.event_id = event_id
@@ -126,7 +134,8 @@ class AggregateNotFoundError(EventSourceError, LookupError):
         super().__init__(
             f"{stream_id} does not exist{as_of}.\n"
             "  No event of it has been stored (or it has another aggregate type).\n"
-            "  Check the id; a new aggregate is made by its class, or by AggregateRepository.execute()."
+            "  Check the id. A new aggregate is made by its class, or by "
+            "AggregateRepository.execute()."
         )
         self.stream_id = stream_id
 

@@ -8,10 +8,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import ClassVar, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import attrs
@@ -50,7 +50,13 @@ class DomainEvent:
 
 
 TEvent = TypeVar("TEvent", bound=DomainEvent)
-E_co = TypeVar("E_co", bound=DomainEvent, covariant=True)
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    # So that a plain `StoredEvent` means one of any event.
+    E_co = TypeVarWithDefault("E_co", bound=DomainEvent, covariant=True, default=DomainEvent)
+else:
+    E_co = TypeVar("E_co", bound=DomainEvent, covariant=True)
 
 
 class EventType(Struct, frozen=True):
@@ -71,7 +77,7 @@ _decode_object = Decoder(Payload).decode
 def _register(cls: type[DomainEvent]) -> None:
     where = f"{cls.__module__}.{cls.__qualname__}"
     for reserved in ("event_type", "schema_version"):
-        if any(field.name == reserved for field in attrs.fields(cls)):
+        if reserved in attrs.fields_dict(cast("type[attrs.AttrsInstance]", cls)):
             raise EventDefinitionError(
                 f"{where}.{reserved} is a field, but the name is taken.\n"
                 f"  {reserved} of an event class describes the class.\n"
@@ -79,8 +85,10 @@ def _register(cls: type[DomainEvent]) -> None:
             )
     name = cls.__dict__.get("event_type", cls.__name__)
     version = cls.__dict__.get("schema_version", 1)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise EventDefinitionError(f"{where}.event_type must be a non-empty string, not {name!r}.")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise EventDefinitionError(
+            f"{where}.event_type must be a string of printable characters, not {name!r}."
+        )
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise EventDefinitionError(
             f"{where}.schema_version must be a whole number from 1, not {version!r}."
@@ -177,6 +185,8 @@ def _upcast(event_type: EventType, schema_version: int, payload: str | bytes) ->
             )
         try:
             upcasted = upcast(upcasted)
+            if not isinstance(upcasted, dict):
+                raise TypeError(f"it returned {upcasted!r}, not the payload")
         except Exception as error:
             raise UnreadableError(
                 "$",
@@ -214,11 +224,11 @@ class NewEvent:
 
     event: DomainEvent = attrs.field(validator=attrs.validators.instance_of(DomainEvent))
     event_id: UUID = attrs.field(factory=uuid7, validator=attrs.validators.instance_of(UUID))
-    metadata: Metadata = attrs.field(factory=dict)
+    metadata: Metadata = attrs.field(factory=dict[str, object])
     occurred_at: datetime | None = attrs.field(default=None, validator=_aware)
 
 
-class StoredEvent(Struct, Generic[E_co], frozen=True):
+class StoredEvent(Struct, Generic[E_co], frozen=True, gc=False):
     """An event as it was stored, with its place in its stream and in the store.
 
     `version` counts from 1 in the stream; `position` grows through the whole store, with gaps.
@@ -243,6 +253,7 @@ class StoredEvent(Struct, Generic[E_co], frozen=True):
 
     @property
     def stream_id(self) -> str:
+        """Its stream's name: the aggregate's type, `-`, and its id."""
         return stream_id_of(self.aggregate_type, self.aggregate_id)
 
     @property
@@ -257,7 +268,7 @@ class StoredEvent(Struct, Generic[E_co], frozen=True):
 
 
 @contextmanager
-def caused_by(stored: StoredEvent) -> Iterator[None]:
+def caused_by(stored: StoredEvent) -> Generator[None]:
     """Mark every event appended inside as an effect of `stored`.
 
     Its id is their causation id; their correlation id is its own, or its id where it has none.

@@ -22,16 +22,22 @@ _LONGEST = 255
 if sys.version_info >= (3, 14):
     from uuid import uuid7
 else:
-    from os import urandom
+    import os
+    from random import Random
     from time import time_ns
+
+    # Seeded by the system, apart from the program's own random numbers, and anew after a fork: a
+    # system call for every id would cost more than the rest of it.
+    _random = Random()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_random.seed)
 
     def uuid7() -> UUID:
         """A UUID of version 7 (RFC 9562, method 3): sorts by the time it was made at."""
         milliseconds, nanoseconds = divmod(time_ns(), 1_000_000)
-        fraction = nanoseconds * 4096 // 1_000_000
-        head = (milliseconds << 16 | 0x7000 | fraction).to_bytes(8, "big")
-        tail = urandom(8)
-        return convert(head + bytes((tail[0] & 0x3F | 0x80,)) + tail[1:], UUID)
+        head = milliseconds << 16 | 0x7000 | nanoseconds * 4096 // 1_000_000
+        tail = 0x8000_0000_0000_0000 | _random.getrandbits(62)
+        return convert((head << 64 | tail).to_bytes(16, "big"), UUID)
 
 
 def uuid_of(data: bytes) -> UUID:
@@ -39,13 +45,15 @@ def uuid_of(data: bytes) -> UUID:
     return convert(data, UUID)
 
 
-def _check(what: str, value: object) -> None:
+def _check(what: str, value: object) -> str:
+    """The value as a plain string, as which it will come back, if it was a member of an enum."""
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a string, not {type(value).__name__}: {value!r}")
     if not value or len(value) > _LONGEST:
         raise ValueError(f"{what} must have 1 to {_LONGEST} characters, not {len(value)}")
-    if "\0" in value or not _is_text(value):
+    if "\0" in value or not (value.isascii() or _is_text(value)):
         raise ValueError(f"{what} holds a character that no database stores as text: {value!r}")
+    return str.__str__(value)
 
 
 def _is_text(value: str) -> bool:
@@ -65,7 +73,7 @@ def normalize_aggregate_id(aggregate_id: AggregateId) -> AggregateId:
             f"aggregate_id must be a UUID or a string, not {type(aggregate_id).__name__}: "
             f"{aggregate_id!r}. Convert it, such as str({aggregate_id!r})."
         )
-    _check("aggregate_id", aggregate_id)
+    aggregate_id = _check("aggregate_id", aggregate_id)
     if len(aggregate_id) == 36 and aggregate_id[8] == "-":
         try:
             parsed = UUID(aggregate_id)
@@ -78,8 +86,8 @@ def normalize_aggregate_id(aggregate_id: AggregateId) -> AggregateId:
 
 @lru_cache(maxsize=1024)
 def check_aggregate_type(aggregate_type: str) -> str:
-    """The same string; `ValueError` or `TypeError` if it cannot be an aggregate type."""
-    _check("aggregate_type", aggregate_type)
+    """It as a plain string; `ValueError` or `TypeError` if it cannot be an aggregate type."""
+    aggregate_type = _check("aggregate_type", aggregate_type)
     if "-" in aggregate_type:
         raise ValueError(
             f"aggregate_type {aggregate_type!r} holds a '-', which ends the type in a stream id. "
@@ -94,11 +102,12 @@ def stream_id_of(aggregate_type: str, aggregate_id: AggregateId) -> str:
 
 def parse_stream_id(stream_id: str) -> tuple[str, AggregateId]:
     """The aggregate type and id of a stream id; `ValueError` if it is none."""
-    _check("stream_id", stream_id)
+    if not isinstance(stream_id, str):
+        raise TypeError(f"stream_id must be a string, not {type(stream_id).__name__}")
     aggregate_type, dash, aggregate_id = stream_id.partition("-")
     if not (aggregate_type and dash and aggregate_id):
         raise ValueError(
-            f"{stream_id!r} is not a stream id. It is the aggregate type, '-' and the aggregate id, "
-            "such as 'Account-6f1c8a52-…'; StoredEvent.stream_id gives it."
+            f"{stream_id!r} is not a stream id, which is the aggregate type, '-' and the aggregate "
+            "id, such as 'Account-6f1c8a52-…'; StoredEvent.stream_id gives it."
         )
-    return aggregate_type, normalize_aggregate_id(aggregate_id)
+    return check_aggregate_type(aggregate_type), normalize_aggregate_id(aggregate_id)

@@ -6,7 +6,7 @@ tasks started there too, and for nobody else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -31,7 +31,7 @@ def event_metadata(
     correlation_id: UUID | str | None = None,
     causation_id: UUID | str | None = None,
     **metadata: object,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Give every event appended inside this metadata; inner blocks add to outer ones.
 
     What is given to `append_events` or `NewEvent` wins over it. Values are JSON: strings, numbers,
@@ -83,4 +83,5 @@ _IDS = frozenset(("correlation_id", "causation_id"))
 
 
 def decode_metadata(data: str | None) -> Metadata:
-    return _decode(data) if data else NO_METADATA
+    """A plain dict in any case, so that what holds it can be pickled, copied and made JSON."""
+    return _decode(data) if data else {}

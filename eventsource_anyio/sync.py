@@ -5,11 +5,11 @@ A script that is only about events needs none of this: `anyio.run(main)` is all.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeVar, cast
 
 from anyio import NoEventLoopError
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -28,6 +28,7 @@ class SyncRunner:
 
     A context manager, usable from any number of threads at once. Its calls block the thread that
     makes them, so they are refused in a thread that runs an event loop: `await` there instead.
+    What other threads are still doing in it when its block ends is cancelled.
     Make it after a fork (in Celery: `worker_process_init`), not before.
     """
 
@@ -43,6 +44,8 @@ class SyncRunner:
             raise RuntimeError("this SyncRunner is running already")
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal(self._backend))
+            # Otherwise a thread that is still inside a `context` would be waited for, for ever.
+            stack.callback(portal.call, portal.stop, True)
             stack.enter_context(portal.wrap_async_context_manager(self._store))
             self._stack = stack.pop_all()
         self._portal = portal
@@ -64,13 +67,27 @@ class SyncRunner:
         """
         return self._running("call").call(partial(function, *args, **kwargs))
 
-    def context(self, manager: AbstractAsyncContextManager[T]) -> AbstractContextManager[T]:
+    @contextmanager
+    def context(self, manager: AbstractAsyncContextManager[T]) -> Generator[T]:
         """What `async with` would do, as `with`: for `store.transaction()` and `subscribe()`."""
-        return self._running("context").wrap_async_context_manager(manager)
+        portal = self._running("context")
+        with ExitStack() as stack:
+            entered = stack.enter_context(portal.wrap_async_context_manager(manager))
+            try:
+                yield entered
+            except BaseException:
+                if self._portal is not portal:
+                    stack.pop_all()  # The runner has ended, and the manager with it.
+                raise
 
     def iterate(self, events: AsyncIterator[T]) -> Iterator[T]:
-        """What `async for` over the iterator would give. It may be left at any time."""
-        at_a_time = 1 if isinstance(events, Subscription) else _AT_A_TIME
+        """What `async for` over the iterator would give.
+
+        After an `EventDecodeError`, iterate over the same iterator again to go on. It may be left
+        at any time, but then has taken some more events: only a subscription can be gone on with.
+        """
+        endless = isinstance(cast("object", events), Subscription)
+        at_a_time = 1 if endless else _AT_A_TIME
         while True:
             taken, end = self._running("iterate").call(_take, events, at_a_time)
             yield from taken

@@ -19,6 +19,10 @@ C = TypeVar("C")
 E = TypeVar("E", bound=DomainEvent)
 
 
+def _aggregate_type(given: str) -> str:
+    return check_aggregate_type(given)  # whose cache hides its signature from type checkers
+
+
 @attrs.frozen
 class Decider(Generic[S, C, E]):
     """A consistency boundary as pure functions.
@@ -28,7 +32,7 @@ class Decider(Generic[S, C, E]):
     `evolve(state, event)` returns the state after an event; it refuses nothing.
     """
 
-    aggregate_type: str = attrs.field(converter=check_aggregate_type)
+    aggregate_type: str = attrs.field(converter=_aggregate_type)
     initial: Callable[[], S] = attrs.field(kw_only=True)
     decide: Callable[[C, S], Iterable[E]] = attrs.field(kw_only=True)
     evolve: Callable[[S, E], S] = attrs.field(kw_only=True)
@@ -45,12 +49,17 @@ class DeciderAggregate(Aggregate, Generic[S, C, E]):
         self.state = self.decider.initial()
 
     def decide(self, command: C) -> None:
-        """Apply the events that follow from a command."""
+        """Apply the events that follow from a command, all or, if it is refused, none of them."""
         decided = self.decider.decide(command, self.state)
-        if isinstance(decided, DomainEvent):
-            raise TypeError(f"decide() must return a list of events: [{type(decided).__name__}(…)]")
-        for event in decided:
+        if isinstance(decided, DomainEvent) or not isinstance(decided, Iterable):
+            raise TypeError(f"decide() must return a list of events, not {decided!r}")
+        for event in tuple(decided):
             self.apply(event)
+
+    def perform(self, command: object, *args: object, **kwargs: object) -> None:
+        if args or kwargs:
+            raise TypeError("a decider is given its command alone, without arguments")
+        self.decide(cast("C", command))
 
     def _aggregate_type(self) -> str:
         return self.decider.aggregate_type

@@ -109,6 +109,11 @@ class AggregateRepository(Generic[TAggregate]):
         ids, so nothing is stored twice. A bus that fails raises its own error, with a note that
         the events are stored.
         """
+        if aggregate.stream_id != stream_id_of(self._aggregate_type, aggregate.aggregate_id):
+            raise TypeError(
+                f"{aggregate.stream_id} cannot be saved here: this is the repository of "
+                f"{self._aggregate_type}, and the events belong in a stream of their own type"
+            )
         result = await self._append(aggregate)
         await self._publish(result)
         return result
@@ -139,10 +144,7 @@ class AggregateRepository(Generic[TAggregate]):
         while True:
             aggregate = self._new(aggregate_id)
             aggregate.replay(await self._store.get_events(aggregate_id, self._aggregate_type))
-            if isinstance(aggregate, DeciderAggregate):
-                aggregate.decide(command)
-            else:
-                cast("Callable[..., object]", command)(aggregate, *args, **kwargs)
+            aggregate.perform(command, *args, **kwargs)
             try:
                 result = await self._append(aggregate)
             except ConcurrencyError:

@@ -30,6 +30,7 @@ class Aggregate(ABC):
 
     @property
     def stream_id(self) -> str:
+        """Its stream's name: the aggregate's type, `-`, and its id."""
         return stream_id_of(self._aggregate_type(), self.aggregate_id)
 
     @property
@@ -64,6 +65,10 @@ class Aggregate(ABC):
     def mark_committed(self, count: int) -> None:
         """The first `count` uncommitted events have been stored."""
         del self._uncommitted[:count]
+
+    @abstractmethod
+    def perform(self, command: object, *args: object, **kwargs: object) -> None:
+        """Carry out a command, in the form that `AggregateRepository.execute` takes it in."""
 
     @abstractmethod
     def _aggregate_type(self) -> str: ...
@@ -141,6 +146,9 @@ class AggregateRoot(Aggregate):
             methods |= own
         cls._appliers = _Appliers({one: getattr(cls, name) for one, name in methods.items()})
         cls._appliers.aggregate = cls.__name__
+
+    def perform(self, command: object, *args: object, **kwargs: object) -> None:
+        cast("Callable[..., object]", command)(self, *args, **kwargs)
 
     def _aggregate_type(self) -> str:
         return self.aggregate_type

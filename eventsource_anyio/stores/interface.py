@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Final, Literal, Self, overload
+from typing import Final, Self, overload
 
 import attrs
 
@@ -87,9 +87,7 @@ class EventStream(Sequence[StoredEvent]):
 def _names(values: Iterable[str | type[DomainEvent]]) -> tuple[str, ...]:
     if isinstance(values, str | type):
         raise TypeError(f"give a tuple of types, not a single one: ({values!r},)")
-    return tuple(
-        value if isinstance(value, str) else registered(value).name for value in values
-    )
+    return tuple(value if isinstance(value, str) else registered(value).name for value in values)
 
 
 @attrs.frozen(kw_only=True)
@@ -237,7 +235,7 @@ class EventStore(ABC):
         return EventIterator(self._read, request, options.limit)
 
     def read_all(self, options: ReadOptions | None = None) -> AsyncIterator[StoredEvent]:
-        """The events of the whole store by position, a page at a time; otherwise as `read_stream`."""
+        """The events of the whole store by position; otherwise as `read_stream`."""
         options = options or _DEFAULTS
         options.refuse("read_all", "from_version", "to_version")
         low, high = max(options.from_position, 1), options.to_position

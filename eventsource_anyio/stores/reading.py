@@ -89,7 +89,7 @@ class _PageReader(AsyncIterator[StoredEvent]):
     async def _turn(self) -> None:
         """Get the next page, wait for one, or raise `StopAsyncIteration`."""
 
-    def _passed(self, event: Read) -> None:  # noqa: B027
+    def _passed(self, event: Read) -> None:
         """An event is handed out."""
 
 
@@ -130,7 +130,9 @@ class Subscription(_PageReader):
 
     __slots__ = ("_open", "_wait", "position")
 
-    def __init__(self, read: ReadPage, request: PageRequest, after: int, wait: WaitAppended) -> None:
+    def __init__(
+        self, read: ReadPage, request: PageRequest, after: int, wait: WaitAppended
+    ) -> None:
         super().__init__(read, request)
         self.position = after
         self._wait = wait

@@ -11,7 +11,6 @@ from enum import Enum
 from typing import TypeAlias
 from uuid import UUID
 
-import attrs
 from msgspec import Struct
 
 from ..codec import PayloadError
@@ -24,7 +23,7 @@ from ..ids import (
     stream_id_of,
     uuid7,
 )
-from ..metadata import NO_METADATA, Metadata, decode_metadata, encode_metadata, merge_metadata
+from ..metadata import Metadata, decode_metadata, encode_metadata, merge_metadata
 
 
 class ExpectedVersion(Enum):
@@ -56,7 +55,7 @@ def from_microseconds(microseconds: int) -> datetime:
     return EPOCH + timedelta(microseconds=microseconds)
 
 
-class EncodedEvent(Struct, frozen=True):
+class EncodedEvent(Struct, frozen=True, gc=False):
     """One event of an append, ready to be stored; `payload` and `metadata_json` are JSON."""
 
     event: DomainEvent
@@ -69,7 +68,7 @@ class EncodedEvent(Struct, frozen=True):
     occurred_at: datetime | None
 
 
-class Append(Struct, frozen=True):
+class Append(Struct, frozen=True, gc=False):
     """Events for the end of one stream, if the stream is at `expected_version`."""
 
     aggregate_type: str
@@ -164,13 +163,12 @@ def _same(encoded: EncodedEvent, stored: StoredEvent) -> bool:
     return codec.encode(stored.event).decode() == encoded.payload
 
 
-@attrs.frozen
-class AppendResult:
+class AppendResult(Struct, frozen=True, gc=False):
     """What an append stored: `version` and `position` of its last event, and the events."""
 
     version: int
     position: int
-    events: tuple[StoredEvent, ...] = attrs.field(repr=False)
+    events: tuple[StoredEvent, ...]
 
 
 def encode_append(
@@ -185,7 +183,7 @@ def encode_append(
     aggregate_id = normalize_aggregate_id(aggregate_id)
     if not isinstance(expected_version, ExpectedVersion):
         _check_version(expected_version)
-    if isinstance(events, DomainEvent | NewEvent):
+    if isinstance(events, (DomainEvent, NewEvent)):
         raise TypeError(f"events must be a list of events, not one: [{type(events).__name__}(…)]")
     context = merge_metadata(metadata)
     context_json = encode_metadata(context)
@@ -209,7 +207,7 @@ def encode_append(
                 kind.name,
                 kind.schema_version,
                 payload.decode(),
-                decode_metadata(own_json),
+                decode_metadata(own_json) if own_json else {},
                 own_json,
                 occurred_at.astimezone(UTC) if occurred_at else None,
             )
@@ -253,7 +251,7 @@ def decode_stored(
     """The stored event, or the error to raise in its place when a reader reaches it."""
     try:
         event = decode_event(event_type, schema_version, payload)
-        metadata = decode_metadata(metadata_json) if metadata_json else NO_METADATA
+        metadata = decode_metadata(metadata_json) if metadata_json else {}
     except UnreadableError as error:
         unreadable = EventDecodeError(
             event_type=event_type,

@@ -27,20 +27,21 @@ class AppendSignal:
     def advance(self, position: int) -> None:
         if position > self.position:
             self.position = position
-            self._wake()
+            self.wake()
 
     def close(self, store: str) -> None:
         """Make everybody who waits, or comes later, raise `StoreClosedError`."""
         self._closed = store
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Make everybody who waits look for themselves."""
         if self._changed is not None:
             self._changed.set()
             self._changed = None
 
     async def wait(self, after: int, begun: Callable[[], None] | None = None) -> None:
-        """Return when the position has grown beyond `after`, at once if it has already.
+        """Return when the position has grown, at once if it is beyond `after` already.
 
         `begun` is called when the waiting begins, with `waiting` counted up.
         """
@@ -51,7 +52,7 @@ class AppendSignal:
         try:
             if begun is not None:
                 begun()
-            while self.position <= after and not self._closed:
+            if not self._closed:
                 if self._changed is None:
                     self._changed = anyio.Event()
                 await self._changed.wait()

@@ -201,10 +201,10 @@ class AppendContract:
             ("a", "Thing", Ended(), ANY, TypeError, "list of events"),
             ("a", "Thing", ["Ended"], ANY, TypeError, "not an event class"),
             ("a", "Thing", [twice, twice], ANY, ValueError, "same event_id"),
-            ("a", "Thing", [Ended(), Happened("7")], ANY, EventEncodeError, r"\$\.number"),  # pyright: ignore
+            ("a", "Thing", [Ended(), Happened("7")], ANY, EventEncodeError, r"\$\.number"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         ):
             with pytest.raises(error, match=why):
-                await store.append_events(aggregate_id, aggregate_type, events, expected)  # type: ignore[arg-type]  # pyright: ignore
+                await store.append_events(aggregate_id, aggregate_type, events, expected)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="would come back as"):
             await store.append_events("a", "Thing", [Ended()], ANY, metadata={"pair": (1, 2)})
         assert await store.last_position() == 0

@@ -34,7 +34,7 @@ class _CancelledAt(Generic[T]):
                     self._scope.cancel()
                 try:
                     sent = yield waits_for
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  (passed on, as it is)
                     waits_for = work.throw(error)
                 else:
                     waits_for = work.send(sent)
@@ -142,7 +142,7 @@ class CancelContract:
 
             async def follow() -> None:
                 async for stored in subscription:
-                    seen.append(stored.version)
+                    seen.append(stored.version)  # noqa: PERF401  (what was seen before a cancel)
 
             async def append(until: anyio.CancelScope) -> None:
                 nonlocal appended
@@ -216,4 +216,4 @@ class CancelContract:
             async with store.transaction():
                 raise KeyError("the caller's own")
         with pytest.raises(TypeError):
-            await store.append_events("a", "Thing", [object()], ANY)  # type: ignore[list-item]  # pyright: ignore
+            await store.append_events("a", "Thing", [object()], ANY)  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]

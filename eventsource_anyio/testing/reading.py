@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ from .samples import Ended, Happened, append_numbers, numbers
 
 
 @contextmanager
-def forgotten(event_type: str) -> Iterator[None]:
+def forgotten(event_type: str) -> Generator[None]:
     """A program that does not know an event type which another one has stored."""
     known = registry._by_name.pop(event_type)  # pyright: ignore[reportPrivateUsage]
     try:
@@ -120,7 +120,7 @@ class ReadContract:
             await store.append_events(str(number), kind, [Happened(number), Ended()], ANY)
 
         async def found(**filters: object) -> list[str]:
-            options = ReadOptions(batch_size=batch_size, **filters)  # type: ignore[arg-type]  # pyright: ignore
+            options = ReadOptions(batch_size=batch_size, **filters)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             return [
                 f"{stored.aggregate_id}{type(stored.event).__name__[0]}"
                 for stored in await read(store, options)
@@ -145,9 +145,9 @@ class ReadContract:
     async def test_options_that_make_no_sense_are_refused(self, store: EventStore) -> None:
         for bad in ({"limit": -1}, {"from_version": -1}, {"to_position": "x"}, {"batch_size": 0}):
             with pytest.raises(ValueError, match=next(iter(bad))):
-                ReadOptions(**bad)  # type: ignore[arg-type]  # pyright: ignore
+                ReadOptions(**bad)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         with pytest.raises(TypeError, match="tuple"):
-            ReadOptions(event_types="Happened")  # pyright: ignore
+            ReadOptions(event_types="Happened")  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="from_position has no meaning for read_stream"):
             store.read_stream("Thing-a", ReadOptions(from_position=1))
         with pytest.raises(ValueError, match="to_version has no meaning for read_all"):

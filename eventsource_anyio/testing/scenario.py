@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import attrs
 
@@ -34,8 +34,8 @@ def given(
     aggregate: type[AggregateRoot] | Decider[S, C, E],
     *events: DomainEvent,
     aggregate_id: AggregateId = "given",
-) -> Scenario[AggregateRoot] | Scenario[DeciderAggregate[S, C, E]]:
-    """An aggregate to which these events have happened: a subclass of AggregateRoot, or a decider."""
+) -> Scenario[Any]:
+    """An aggregate, of a class or of a decider, to which these events have happened."""
     if isinstance(aggregate, Decider):
         return Scenario(DeciderAggregate(aggregate_id, decider=aggregate), events)
     return Scenario(aggregate(aggregate_id), events)
@@ -61,14 +61,11 @@ class Scenario(Generic[TAggregate]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Outcome[TAggregate]: ...
-    def when(self, command: object, *args: object, **kwargs: object) -> Outcome[TAggregate]:
+    def when(self, command: object, *args: object, **kwargs: object) -> Outcome[Any]:
         """Call a method of the aggregate with these arguments, or give a decider its command."""
         error: Exception | None = None
         try:
-            if isinstance(self.aggregate, DeciderAggregate):
-                self.aggregate.decide(command)
-            else:
-                cast("Callable[..., object]", command)(self.aggregate, *args, **kwargs)
+            self.aggregate.perform(command, *args, **kwargs)
         except Exception as raised:  # noqa: BLE001  (it is what `then_raises` looks at)
             error = raised
         return Outcome(self.aggregate, error)
@@ -126,7 +123,7 @@ def _difference(expected: Sequence[DomainEvent], actual: Sequence[DomainEvent]) 
         if got is not None:
             lines.append(f"  + {got!r}")
         if wanted is not None and type(wanted) is type(got):
-            for field in attrs.fields(type(wanted)):
+            for field in attrs.fields(cast("type[attrs.AttrsInstance]", type(wanted))):
                 before, after = getattr(wanted, field.name), getattr(got, field.name)
                 if before != after:
                     lines.append(f"      {field.name}: expected {before!r}, got {after!r}")

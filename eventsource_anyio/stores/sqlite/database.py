@@ -1,9 +1,11 @@
-"""What is in the SQLite file, and the statements on it. Everything here runs on the worker's thread.
+"""What is in the SQLite file, and the statements on it, which all run on the worker's thread.
 
 Invariants:
 - SQLite has one writer at a time, from `BEGIN IMMEDIATE` to the commit. Positions are given out in
   between, so they become visible in their order, and a reader never sees a gap close.
 - `recorded_at` never decreases with the position, also when the clock is set back.
+- What is known of the end of the file and of streams' versions holds while SQLite's `data_version`
+  stays the same, which it does until another connection commits.
 - An id of 16 bytes is a UUID, one of text is a string.
 - Moments are whole microseconds since 1970 in UTC.
 """
@@ -28,7 +30,7 @@ from ..records import (
     from_microseconds,
     to_microseconds,
 )
-from .worker import is_locked
+from .worker import Outcome, Unit, is_locked
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -60,10 +62,15 @@ _COLUMNS = (
     "position, aggregate_type, aggregate_id, version, event_id, event_type, schema_version, "
     "recorded_at, occurred_at, metadata, payload"
 )
-_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# Statements and how many values they take, for 64 rows, 8, and 1.
+_INSERTS = [
+    (f"INSERT INTO events ({_COLUMNS}) VALUES {', '.join([_ROW] * rows)}", 11 * rows)  # noqa: S608
+    for rows in (64, 8, 1)
+]
 _VERSION = "SELECT max(version) FROM events WHERE aggregate_id = ? AND aggregate_type = ?"
 _LAST = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1"
-_BY_ID = f"SELECT {_COLUMNS} FROM events WHERE event_id = ?"
+_BY_ID = f"SELECT {_COLUMNS} FROM events WHERE event_id = ?"  # noqa: S608  (a constant)
 _TYPES_BETWEEN = (
     "SELECT event_type FROM events WHERE aggregate_id = ? AND aggregate_type = ? "
     "AND version BETWEEN ? AND ? ORDER BY version"
@@ -71,9 +78,9 @@ _TYPES_BETWEEN = (
 _AGGREGATE_TYPES = (
     "SELECT DISTINCT aggregate_type FROM events WHERE aggregate_id = ? ORDER BY aggregate_type"
 )
-_TAKE_BACK = "DELETE FROM events WHERE position > ?"
 _LARGEST = 2**63 - 1
 _SEARCHED_AT_MOST = 50_000
+_VERSIONS_AT_MOST = 10_000
 # How long one attempt waits on its thread for a lock; in between, the caller can be cancelled.
 _LOCK_ATTEMPT = 0.05
 
@@ -85,7 +92,12 @@ class SQLiteDatabase:
         self._path = path
         self._synchronous = synchronous
         self.position = 0
+        self._position_before = 0
         self._recorded_at = 0
+        self._now = EPOCH
+        self._values: list[object] = []  # of the rows that are planned and not inserted yet
+        self._versions: dict[tuple[str | bytes, str], int] = {}
+        self._data_version: int | None = None
 
     def connect(self) -> Connection:
         import sqlite3
@@ -95,21 +107,26 @@ class SQLiteDatabase:
                 self._path, timeout=_LOCK_ATTEMPT, isolation_level=None, cached_statements=64
             )
         except sqlite3.Error as error:
-            raise self._unusable(str(error), "Does its folder exist, and may we write to it?") from error
+            raise self._unusable(
+                str(error), "Does its folder exist, and may we write to it?"
+            ) from error
         try:
             self._prepare(connection)
         except BaseException as error:
             connection.close()
             if is_locked(error) or isinstance(error, EventSourceError):
                 raise
-            raise self._unusable(str(error), "Is it a SQLite database, and may we write to it?") from error
+            raise self._unusable(
+                str(error), "Is it a SQLite database, and may we write to it?"
+            ) from error
         return connection
 
     def _prepare(self, connection: Connection) -> None:
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        # The tables first: another process may make them now, and ours come with the id.
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if application == _APPLICATION_ID and version > _SCHEMA_VERSION:
             raise self._unusable(
                 f"its schema version is {version}, this program knows {_SCHEMA_VERSION}",
@@ -120,6 +137,7 @@ class SQLiteDatabase:
                 "it holds the tables of another program", "Give the store a file of its own."
             )
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 4000")
         connection.execute("BEGIN IMMEDIATE")
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if not tables:
@@ -130,7 +148,9 @@ class SQLiteDatabase:
         self.look(connection)
 
     def _unusable(self, reason: str, remedy: str) -> StorageError:
-        return StorageError(f"{self._path} cannot be opened as an event store.\n  {reason}\n  {remedy}")
+        return StorageError(
+            f"{self._path} cannot be opened as an event store.\n  {reason}\n  {remedy}"
+        )
 
     def look(self, connection: Connection) -> None:
         last = connection.execute(_LAST).fetchone()
@@ -138,24 +158,69 @@ class SQLiteDatabase:
 
     def begin(self, connection: Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        self.look(connection)
+        (data_version,) = connection.execute("PRAGMA data_version").fetchone()
+        if data_version != self._data_version or len(self._versions) > _VERSIONS_AT_MOST:
+            self._data_version = data_version
+            self._versions.clear()
+            self.look(connection)
+        self._position_before = self.position
         self._recorded_at = max(self._recorded_at, time_ns() // 1000)
+        self._now = from_microseconds(self._recorded_at)
 
-    def append(self, connection: Connection, appends: Sequence[Append]) -> list[AppendResult]:
-        """Store all of the appends, or raise and have changed nothing."""
-        position = self.position
+    def roll_back(self, connection: Connection) -> None:
+        self.position = self._position_before
+        self._data_version = None
+        self._values = []
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+    def append(self, connection: Connection, units: Sequence[Unit]) -> list[Outcome]:
+        """Store the appends of each unit or none of them, and return its results or its error."""
+        start = self.position
         try:
-            return [self._append(connection, append) for append in appends]
-        except EventSourceError:
-            self.position = position
-            connection.execute(_TAKE_BACK, (position,))
-            raise
+            outcomes = [self._plan(connection, unit) for unit in units]
+            self._insert(connection)
+            return outcomes
+        except Exception as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_CONSTRAINT_UNIQUE":
+                raise
+        # Some event id is stored already: find out whose by taking everything apart.
+        self._take_back(connection, start)
+        if len(units) > 1:
+            return [outcome for unit in units for outcome in self.append(connection, [unit])]
+        if len(units[0]) == 1:
+            (append,) = units[0]
+            try:
+                return [[append.repeated(self._stored(connection, append))]]
+            except EventSourceError as error:
+                return [error]
+        results: list[AppendResult] = []
+        for append in units[0]:
+            (outcome,) = self.append(connection, [[append]])
+            if isinstance(outcome, EventSourceError):
+                self._take_back(connection, start)
+                return [outcome]
+            results += outcome
+        return [results]
 
-    def _append(self, connection: Connection, append: Append) -> AppendResult:
-        aggregate_id = _column(append.aggregate_id)
-        stream = (aggregate_id, append.aggregate_type)
-        version = connection.execute(_VERSION, stream).fetchone()[0] or 0
+    def _plan(self, connection: Connection, unit: Unit) -> Outcome:
+        start = self.position
+        try:
+            return [self._plan_append(connection, append) for append in unit]
+        except EventSourceError as error:
+            if self.position != start:
+                self._insert(connection)
+                self._take_back(connection, start)
+            return error
+
+    def _plan_append(self, connection: Connection, append: Append) -> AppendResult:
+        aggregate_id, aggregate_type = _column(append.aggregate_id), append.aggregate_type
+        stream = (aggregate_id, aggregate_type)
+        version = self._versions.get(stream)
+        if version is None:
+            version = connection.execute(_VERSION, stream).fetchone()[0] or 0
         if not append.expects(version):
+            self._insert(connection)
             stored = self._stored(connection, append)
             if stored:
                 return append.repeated(stored)
@@ -163,36 +228,41 @@ class SQLiteDatabase:
             between = (*stream, versions.start, versions.stop - 1)
             types = [row[0] for row in connection.execute(_TYPES_BETWEEN, between)]
             raise append.conflict(version, types)
-        recorded_at = self._recorded_at
-        rows = [
-            (
-                self.position + offset,
-                append.aggregate_type,
+        result = append.result(version + 1, self.position + 1, self._now)
+        for encoded in append.events:
+            version += 1
+            self.position += 1
+            self._values += (
+                self.position,
+                aggregate_type,
                 aggregate_id,
-                version + offset,
+                version,
                 encoded.event_id.bytes,
                 encoded.event_type,
                 encoded.schema_version,
-                recorded_at,
+                self._recorded_at,
                 to_microseconds(encoded.occurred_at) if encoded.occurred_at else None,
                 encoded.metadata_json,
                 encoded.payload,
             )
-            for offset, encoded in enumerate(append.events, 1)
-        ]
-        try:
-            if len(rows) == 1:
-                connection.execute(_INSERT, rows[0])
-            else:
-                connection.executemany(_INSERT, rows)
-        except Exception as error:
-            if getattr(error, "sqlite_errorname", "") != "SQLITE_CONSTRAINT_UNIQUE":
-                raise
-            connection.execute(_TAKE_BACK, (self.position,))
-            return append.repeated(self._stored(connection, append))
-        result = append.result(version + 1, self.position + 1, from_microseconds(recorded_at))
-        self.position += len(rows)
+        self._versions[stream] = version
         return result
+
+    def _insert(self, connection: Connection) -> None:
+        """Insert what is planned, many rows a statement: SQLite works without Python's lock."""
+        values, self._values = self._values, []
+        first = 0
+        for statement, count in _INSERTS:
+            while len(values) - first >= count:
+                connection.execute(statement, values[first : first + count])
+                first += count
+
+    def _take_back(self, connection: Connection, position: int) -> None:
+        """Forget what this transaction has planned or inserted after a position."""
+        self._values = []
+        self._versions.clear()
+        self.position = position
+        connection.execute("DELETE FROM events WHERE position > ?", (position,))
 
     def _stored(self, connection: Connection, append: Append) -> dict[UUID, Read]:
         stored: dict[UUID, Read] = {}
@@ -260,7 +330,7 @@ def _select(
             values += names
     direction = "DESC" if request.backwards else "ASC"
     statement = (
-        f"SELECT {_COLUMNS} FROM events WHERE {' AND '.join(where)} "  # noqa: S608
+        f"SELECT {_COLUMNS} FROM events WHERE {' AND '.join(where)} "  # noqa: S608  (names of columns and marks only)
         f"ORDER BY {order} {direction} LIMIT ?"
     )
     return connection.execute(statement, (*values, min(request.limit, _LARGEST))).fetchall()

@@ -93,9 +93,8 @@ class SQLiteEventStore(EventStore):
         return await worker.read(look)
 
     async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
-        worker, database, _ = self._opened()
-        cost = sum(len(append.events) for append in appends)
-        return await worker.write(lambda connection: database.append(connection, appends), cost)
+        worker, _, _ = self._opened()
+        return await worker.write(appends)
 
     async def _read(self, request: PageRequest) -> Page:
         worker, database, _ = self._opened()

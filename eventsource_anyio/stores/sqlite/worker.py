@@ -5,7 +5,8 @@
   next batch gathers. So there is no timer: a lone job goes at once.
 - The write jobs of a batch share one transaction, each with its own result or error; reads run
   after it. A job that failed has changed nothing.
-- A write that was handed over is finished, shielded: its caller's outcome is what happened.
+- A write that was handed over is finished, and its caller's outcome is what happened: if the caller
+  is cancelled and it was stored, the result is returned.
 - A job that finds the database locked by another process goes back into the queue and is tried
   again, so waiting for a lock is waiting in the queue: it can be cancelled, and reads overtake it.
 """
@@ -16,8 +17,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import anyio
 from anyio import from_thread
@@ -25,13 +27,18 @@ from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 from ...cleanup import shielded_cleanup
 from ...errors import EventSourceError, StorageError, StoreClosedError
+from ..records import Append, AppendResult
 from ..signal import AppendSignal
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
 
-_COST_AT_MOST = 1000
+Unit: TypeAlias = Sequence[Append]
+Outcome: TypeAlias = list[AppendResult] | EventSourceError
+
+_COST_AT_MOST = 500
 _BUSY, _LOCKED = 5, 6
+_REOPEN_AFTER = 0.01
 
 T = TypeVar("T")
 
@@ -45,19 +52,24 @@ class Database(Protocol):
     def begin(self, connection: Connection) -> None:
         """Start a write transaction; learn of what other processes have written."""
 
+    def append(self, connection: Connection, units: Sequence[Unit]) -> Sequence[Outcome]:
+        """Store the appends of each unit or none of them, and return its results or its error."""
+
+    def roll_back(self, connection: Connection) -> None:
+        """End a transaction, if there is one, as if it had never begun."""
+
     def look(self, connection: Connection) -> None:
         """Learn of what other processes have written."""
 
 
 class _Job(Generic[T]):
-    __slots__ = ("cost", "done", "error", "handed_over", "run", "scope", "value", "withdrawn")
+    """A read, which is a function, or a write, which is a unit of appends."""
 
-    def __init__(
-        self, run: Callable[[Connection], T], cost: int, scope: anyio.CancelScope | None
-    ) -> None:
-        self.run = run
+    __slots__ = ("cost", "done", "error", "handed_over", "value", "withdrawn", "work")
+
+    def __init__(self, work: Callable[[Connection], T] | Unit, cost: int) -> None:
+        self.work = work
         self.cost = cost
-        self.scope = scope  # that of a write; a read has none
         self.done = anyio.Event()
         self.handed_over = False
         self.withdrawn = False
@@ -95,7 +107,7 @@ class Worker:
     async def open(self) -> None:
         """Start the thread and connect; a database that is locked is tried again."""
         while not self._open:
-            connected: _Job[object] = _Job(lambda _: None, 0, None)
+            connected: _Job[object] = _Job((), 0)
             thread = threading.Thread(
                 target=self._main, args=(connected,), name=self._name, daemon=True
             )
@@ -104,10 +116,16 @@ class Worker:
                 await connected.done.wait()
             except BaseException:
                 self._batches.put(None)
+                with shielded_cleanup():
+                    await connected.done.wait()
+                    if connected.error is None:
+                        await self._stopped.wait()
                 raise
             if connected.error is None:
                 self._open = True
-            elif not is_locked(connected.error):
+            elif is_locked(connected.error):
+                await anyio.sleep(_REOPEN_AFTER)  # SQLite itself does not wait for every lock
+            else:
                 raise connected.error
 
     async def close(self) -> None:
@@ -124,7 +142,7 @@ class Worker:
             await self._stopped.wait()
 
     async def read(self, run: Callable[[Connection], T], cost: int = 1) -> T:
-        job = _Job(run, cost, None)
+        job: _Job[T] = _Job(run, cost)
         self._submit(cast("_Job[object]", job))
         try:
             await job.done.wait()
@@ -132,21 +150,26 @@ class Worker:
             job.withdrawn = True
         return _outcome(job)
 
-    async def write(self, run: Callable[[Connection], T], cost: int = 1) -> T:
-        """Run inside the batch's transaction. What raises must have changed nothing."""
+    async def write(self, unit: Unit) -> list[AppendResult]:
+        """Store the unit inside the batch's transaction."""
         await checkpoint_if_cancelled()
-        with anyio.CancelScope() as scope:
-            job = _Job(run, cost, scope)
-            self._submit(cast("_Job[object]", job))
-            try:
-                await job.done.wait()
-            except BaseException:
-                job.withdrawn = True
-                if job.handed_over:
-                    # The cancellation was on its way before the shield was raised.
-                    with anyio.CancelScope(shield=True):
-                        await job.done.wait()
+        job: _Job[list[AppendResult]] = _Job(unit, sum([len(append.events) for append in unit]))
+        self._submit(cast("_Job[object]", job))
+        try:
+            await job.done.wait()
+        except BaseException as error:
+            job.withdrawn = True
+            if not job.handed_over:
                 raise
+            with anyio.CancelScope(shield=True):
+                await job.done.wait()
+            cancelled = isinstance(error, anyio.get_cancelled_exc_class())
+            scope_cancelled = anyio.current_effective_deadline() == -inf
+            if job.error is not None or not (cancelled and scope_cancelled):
+                raise
+            # It was stored, so that is the outcome, as if it had been shielded (a shield around
+            # every append costs as much as all of its waiting). The scope that was cancelled
+            # still is, and raises at the next checkpoint.
         return _outcome(job)
 
     def watch(self) -> None:
@@ -172,8 +195,6 @@ class Worker:
             if job.withdrawn:
                 continue
             job.handed_over = True
-            if job.scope is not None:
-                job.scope.shield = True
             cost += job.cost
             batch.append(job)
         self._working = bool(batch)
@@ -192,11 +213,11 @@ class Worker:
             job.done.set()
 
     def _put_back(self, job: _Job[object]) -> None:
-        job.error = None
-        job.handed_over = False
-        if job.scope is not None:
-            job.scope.shield = False
-        if self._open:
+        if job.withdrawn:
+            job.done.set()
+        elif self._open:
+            job.error = None
+            job.handed_over = False
             self._waiting.appendleft(job)
         else:
             job.error = StoreClosedError(self._name)
@@ -208,12 +229,12 @@ class Worker:
         try:
             try:
                 connection = self._database.connect()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (raised where it was opened)
                 connected.error = error
-                return
-            finally:
                 from_thread.run_sync(connected.done.set, token=self._token)
+                return
             try:
+                from_thread.run_sync(connected.done.set, token=self._token)
                 self._serve(connection)
             finally:
                 connection.close()
@@ -229,9 +250,9 @@ class Worker:
             # Down first: a reader that comes in between sees it down, and wakes this thread up.
             self._watching = False
             watching = self._watching = self._signal.waiting > 0
-            left = looked + self._poll_every - monotonic() if watching else None
+            left = looked + self._poll_every - monotonic() if watching else inf
             try:
-                batch = self._batches.get(timeout=None if left is None else max(left, 0))
+                batch = self._batches.get(timeout=min(max(left, 0), threading.TIMEOUT_MAX))
             except queue.Empty:
                 batch = ()
             if batch is None:
@@ -240,13 +261,21 @@ class Worker:
                 self._execute(connection, batch)
             known = database.position
             if watching and monotonic() - looked >= self._poll_every:
-                database.look(connection)
+                self._look(connection)
                 looked = monotonic()
             if batch or database.position > known:
                 from_thread.run_sync(self._finished, batch, database.position, token=self._token)
 
+    def _look(self, connection: Connection) -> None:
+        try:
+            self._database.look(connection)
+        except Exception as error:  # noqa: BLE001  (raised where it is read)
+            # Whoever waits is woken, reads, and is told. Locked: there will be another look.
+            if not is_locked(error):
+                from_thread.run_sync(self._signal.wake, token=self._token)
+
     def _execute(self, connection: Connection, batch: Sequence[_Job[object]]) -> None:
-        writes = [job for job in batch if job.scope is not None]
+        writes = [job for job in batch if not callable(job.work)]
         if writes:
             self._write(connection, writes)
             if len(writes) > 1 and any(_is_failure(job.error) for job in writes):
@@ -254,45 +283,32 @@ class Worker:
                 for job in writes:
                     self._write(connection, [job])
         for job in batch:
-            if job.scope is None:
-                _run(job, connection)
+            if callable(job.work):
+                try:
+                    job.value = job.work(connection)
+                except BaseException as error:  # noqa: BLE001  (raised where the job was made)
+                    job.error = _failure(error)
 
     def _write(self, connection: Connection, jobs: Sequence[_Job[object]]) -> None:
-        known = self._database.position
+        database = self._database
         try:
-            self._database.begin(connection)
-            for job in jobs:
-                job.error = None
-                try:
-                    job.value = job.run(connection)
-                except EventSourceError as error:
-                    job.error = error
+            database.begin(connection)
+            outcomes = database.append(connection, [cast("Unit", job.work) for job in jobs])
             connection.execute("COMMIT")
-        except BaseException as error:
-            self._database.position = known
-            _roll_back(connection)
+        except BaseException as error:  # noqa: BLE001  (raised where each job was made)
+            database.roll_back(connection)
             for job in jobs:
                 job.error = _failure(error)
-
-
-def _run(job: _Job[object], connection: Connection) -> None:
-    try:
-        job.value = job.run(connection)
-    except EventSourceError as error:
-        job.error = error
-    except BaseException as error:
-        job.error = _failure(error)
+        else:
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                job.error = outcome if isinstance(outcome, EventSourceError) else None
+                job.value = outcome
 
 
 def _outcome(job: _Job[T]) -> T:
     if job.error is not None:
         raise job.error
     return cast("T", job.value)
-
-
-def _roll_back(connection: Connection) -> None:
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
 
 
 def is_locked(error: BaseException | None) -> bool:

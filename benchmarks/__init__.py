@@ -1,0 +1,1 @@
+"""Benchmarks: every figure is a median of interleaved runs, and a ratio to a baseline beside it."""
