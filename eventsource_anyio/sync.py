@@ -33,7 +33,7 @@ class SyncRunner:
     """
 
     def __init__(self, store: EventStore, *, backend: str = "asyncio") -> None:
-        self._store = store
+        self.store = store
         self._backend = backend
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
@@ -46,7 +46,7 @@ class SyncRunner:
             portal = stack.enter_context(start_blocking_portal(self._backend))
             # Otherwise a thread that is still inside a `context` would be waited for, for ever.
             stack.callback(portal.call, portal.stop, True)
-            stack.enter_context(portal.wrap_async_context_manager(self._store))
+            stack.enter_context(portal.wrap_async_context_manager(self.store))
             self._stack = stack.pop_all()
         self._portal = portal
         return self
