@@ -8,13 +8,14 @@ import platform
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import anyio
 from rich.console import Console
@@ -33,7 +34,7 @@ LOOPS: dict[str, tuple[str, dict[str, object]]] = {
 TASKS = 1000
 
 
-def on(loop: str, function: Callable[..., object], *args: object) -> object:
+def on(loop: str, function: Callable[..., Awaitable[work.Measured]], *args: Any) -> work.Measured:
     backend, options = LOOPS[loop]
     return anyio.run(function, *args, backend=backend, backend_options=options)
 
@@ -43,14 +44,14 @@ class Suite:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.work: dict[str, Callable[[], object]] = {}
+        self.work: dict[str, Callable[[], work.Measured]] = {}
         self.rates: dict[str, list[float]] = {}
         self._files = count()
 
     def path(self) -> Path:
         return self.folder / f"{next(self._files)}.db"
 
-    def add(self, name: str, function: Callable[[], object]) -> None:
+    def add(self, name: str, function: Callable[[], work.Measured]) -> None:
         self.work[name] = function
 
     def run(self, rounds: int, console: Console) -> None:
@@ -59,7 +60,7 @@ class Suite:
             for _ in range(rounds):
                 for name, function in self.work.items():
                     progress.update(task, description=f"{name:32}")
-                    done, seconds = function()  # type: ignore[misc]
+                    done, seconds = function()
                     self.rates.setdefault(name, []).append(done / seconds)
                     progress.advance(task)
 
@@ -87,7 +88,7 @@ def build(folder: Path, scale: float) -> Suite:
     for synchronous in ("NORMAL", "FULL"):
         few = appends if synchronous == "NORMAL" else appends // 4  # each waits for the disk
 
-        def bare(mode: work.Synchronous = synchronous, few: int = few) -> object:
+        def bare(mode: work.Synchronous = synchronous, few: int = few) -> work.Measured:
             return work.bare_sqlite(suite.path(), mode, few)
 
         suite.add(f"bare sqlite3, {synchronous}", bare)
@@ -95,14 +96,14 @@ def build(folder: Path, scale: float) -> Suite:
 
             def peer(
                 mode: work.Synchronous = synchronous, few: int = few, explicit: bool = explicit
-            ) -> object:
+            ) -> work.Measured:
                 path = suite.path()
                 return on("asyncio", work.aiosqlite_tasks, path, mode, few, TASKS, explicit)
 
             suite.add(f"aiosqlite {name}, {synchronous}", peer)
         for loop in LOOPS:
 
-            def ours(loop: str = loop, mode: work.Synchronous = synchronous) -> object:
+            def ours(loop: str = loop, mode: work.Synchronous = synchronous) -> work.Measured:
                 store = SQLiteEventStore(suite.path(), synchronous=mode)
                 return on(loop, work.store_tasks, store, appends, TASKS)
 
@@ -115,7 +116,7 @@ def build(folder: Path, scale: float) -> Suite:
 def claims(suite: Suite) -> list[tuple[str, float, float]]:
     """What is claimed, what was measured, what it has to be at least."""
     rate, ratio = suite.rate, suite.ratio
-    found = [
+    found: list[tuple[str, float, float]] = [
         ("memory: appends/s one by one, asyncio", rate("memory, one by one, asyncio"), 100_000),
         ("fold: events/s", rate("fold, 8 event types"), 2_000_000),
     ]
@@ -154,7 +155,10 @@ def limits(folder: Path, events: int) -> list[tuple[str, float, float]]:
             command = [sys.executable, "-m", "benchmarks.memory", what, backend, *args]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.append((f"{unit}, {backend}", float(output), float(most)))
-    timer = "import time; t = time.perf_counter(); import eventsource_anyio; print(time.perf_counter() - t)"
+    timer = (
+        "import time; begun = time.perf_counter(); import eventsource_anyio; "
+        "print(time.perf_counter() - begun)"
+    )
     runs = [
         float(
             subprocess.run(

@@ -87,11 +87,15 @@ def _register(cls: type[DomainEvent]) -> None:
     version = cls.__dict__.get("schema_version", 1)
     if not isinstance(name, str) or not name or not name.isprintable():
         raise EventDefinitionError(
-            f"{where}.event_type must be a string of printable characters, not {name!r}."
+            f"{where}.event_type cannot be {name!r}.\n"
+            "  Events are stored under it, so it is a string of printable characters.\n"
+            "  Give it one, or leave it out: the name of the class is the default."
         )
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise EventDefinitionError(
-            f"{where}.schema_version must be a whole number from 1, not {version!r}."
+            f"{where}.schema_version cannot be {version!r}.\n"
+            "  It is a whole number that counts from 1, stored with every event.\n"
+            "  Give it one, or leave it out: 1 is the default."
         )
     other = _by_name.get(name)
     if other is not None:

@@ -28,7 +28,7 @@ else:
 
     # Seeded by the system, apart from the program's own random numbers, and anew after a fork: a
     # system call for every id would cost more than the rest of it.
-    _random = Random()
+    _random = Random()  # noqa: S311  (an id is no secret)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_random.seed)
 

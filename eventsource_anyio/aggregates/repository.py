@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from anyio.lowlevel import checkpoint
@@ -57,7 +58,7 @@ class AggregateRepository(Generic[TAggregate]):
             "Callable[[AggregateId], TAggregate]",
             aggregate
             if isinstance(aggregate, type)
-            else lambda aggregate_id: DeciderAggregate(aggregate_id, decider=aggregate),
+            else partial(DeciderAggregate, decider=aggregate),
         )
 
     async def load(

@@ -207,7 +207,7 @@ def encode_append(
                 kind.name,
                 kind.schema_version,
                 payload.decode(),
-                decode_metadata(own_json) if own_json else {},
+                decode_metadata(own_json),
                 own_json,
                 occurred_at.astimezone(UTC) if occurred_at else None,
             )
@@ -251,7 +251,7 @@ def decode_stored(
     """The stored event, or the error to raise in its place when a reader reaches it."""
     try:
         event = decode_event(event_type, schema_version, payload)
-        metadata = decode_metadata(metadata_json) if metadata_json else {}
+        metadata = decode_metadata(metadata_json)
     except UnreadableError as error:
         unreadable = EventDecodeError(
             event_type=event_type,

@@ -138,14 +138,14 @@ class ReadContract:
             "3H",
             "2E",
         ]
-        options = ReadOptions(event_types=(Ended,), batch_size=batch_size)  # type: ignore[arg-type]
+        options = ReadOptions(event_types=(Ended,), batch_size=batch_size)
         (ended,) = [stored async for stored in store.read_stream("Thing-1", options)]
         assert ended.version == 2
 
     async def test_options_that_make_no_sense_are_refused(self, store: EventStore) -> None:
         for bad in ({"limit": -1}, {"from_version": -1}, {"to_position": "x"}, {"batch_size": 0}):
             with pytest.raises(ValueError, match=next(iter(bad))):
-                ReadOptions(**bad)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+                ReadOptions(**bad)  # pyright: ignore[reportArgumentType]
         with pytest.raises(TypeError, match="tuple"):
             ReadOptions(event_types="Happened")  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="from_position has no meaning for read_stream"):

@@ -63,7 +63,7 @@ class SubscribeContract:
         self, store: EventStore
     ) -> None:
         await store.append_events("a", "Thing", [Happened(1), Ended(), Happened(2)], ANY)
-        options = ReadOptions(event_types=(Ended,))  # type: ignore[arg-type]
+        options = ReadOptions(event_types=(Ended,))
         async with store.subscribe(options=options) as subscription:
             assert subscription.position == 0
             ended = await anext(subscription)

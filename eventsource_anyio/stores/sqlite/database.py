@@ -30,12 +30,13 @@ from ..records import (
     from_microseconds,
     to_microseconds,
 )
-from .worker import Outcome, Unit, is_locked
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
 
 Synchronous: TypeAlias = Literal["FULL", "NORMAL"]
+Unit: TypeAlias = Sequence[Append]
+Outcome: TypeAlias = list[AppendResult] | EventSourceError
 Row: TypeAlias = tuple[
     int, str, str | bytes, int, bytes, str, int, int, int | None, str | None, str
 ]
@@ -79,6 +80,7 @@ _AGGREGATE_TYPES = (
     "SELECT DISTINCT aggregate_type FROM events WHERE aggregate_id = ? ORDER BY aggregate_type"
 )
 _LARGEST = 2**63 - 1
+_BUSY, _LOCKED = 5, 6
 _SEARCHED_AT_MOST = 50_000
 _VERSIONS_AT_MOST = 10_000
 # How long one attempt waits on its thread for a lock; in between, the caller can be cancelled.
@@ -366,3 +368,8 @@ def decode_rows(rows: Sequence[Row]) -> list[Read]:
             )
         )
     return events
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether another process, or a checkpoint, was just using the database."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (_BUSY, _LOCKED)

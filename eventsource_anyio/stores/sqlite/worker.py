@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import anyio
 from anyio import from_thread
@@ -27,39 +27,17 @@ from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 from ...cleanup import shielded_cleanup
 from ...errors import EventSourceError, StorageError, StoreClosedError
-from ..records import Append, AppendResult
+from ..records import AppendResult
 from ..signal import AppendSignal
+from .database import SQLiteDatabase, Unit, is_locked
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
 
-Unit: TypeAlias = Sequence[Append]
-Outcome: TypeAlias = list[AppendResult] | EventSourceError
-
 _COST_AT_MOST = 500
-_BUSY, _LOCKED = 5, 6
 _REOPEN_AFTER = 0.01
 
 T = TypeVar("T")
-
-
-class Database(Protocol):
-    """What the worker runs on its thread, other than jobs. `position` is the last one known."""
-
-    position: int
-
-    def connect(self) -> Connection: ...
-    def begin(self, connection: Connection) -> None:
-        """Start a write transaction; learn of what other processes have written."""
-
-    def append(self, connection: Connection, units: Sequence[Unit]) -> Sequence[Outcome]:
-        """Store the appends of each unit or none of them, and return its results or its error."""
-
-    def roll_back(self, connection: Connection) -> None:
-        """End a transaction, if there is one, as if it had never begun."""
-
-    def look(self, connection: Connection) -> None:
-        """Learn of what other processes have written."""
 
 
 class _Job(Generic[T]):
@@ -86,7 +64,7 @@ class Worker:
 
     def __init__(
         self,
-        database: Database,
+        database: SQLiteDatabase,
         signal: AppendSignal,
         *,
         name: str,
@@ -309,11 +287,6 @@ def _outcome(job: _Job[T]) -> T:
     if job.error is not None:
         raise job.error
     return cast("T", job.value)
-
-
-def is_locked(error: BaseException | None) -> bool:
-    """Whether another process, or a checkpoint, was just using the database."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (_BUSY, _LOCKED)
 
 
 def _is_failure(error: BaseException | None) -> bool:
