@@ -16,6 +16,7 @@ from .errors import (
     StoreClosedError,
 )
 from .events import DomainEvent, NewEvent, StoredEvent, caused_by, upcaster
+from .ids import AggregateId
 from .metadata import event_metadata
 from .stores.in_memory import InMemoryEventStore
 from .stores.interface import (
@@ -36,6 +37,7 @@ __all__ = [
     "ANY",
     "NO_STREAM",
     "STREAM_EXISTS",
+    "AggregateId",
     "AggregateNotFoundError",
     "AggregateRepository",
     "AggregateRoot",

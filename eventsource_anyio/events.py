@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
@@ -210,12 +210,20 @@ class UnreadableError(Exception):
         self.remedy = remedy
 
 
-def _aware(instance: object, attribute: attrs.Attribute[datetime | None], value: object) -> None:
-    if value is not None and (not isinstance(value, datetime) or value.tzinfo is None):
+def _check_moment(
+    instance: object, attribute: attrs.Attribute[datetime | None], value: object
+) -> None:
+    if value is None:
+        return
+    if not isinstance(value, datetime) or value.tzinfo is None:
         raise ValueError(
             f"{attribute.name} must be a datetime with a time zone, not {value!r}. "
             "Write datetime.now(UTC), or add tzinfo=."
         )
+    try:
+        value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"{attribute.name} {value!r} is outside of the years 1 to 9999") from error
 
 
 @attrs.frozen
@@ -229,7 +237,7 @@ class NewEvent:
     event: DomainEvent = attrs.field(validator=attrs.validators.instance_of(DomainEvent))
     event_id: UUID = attrs.field(factory=uuid7, validator=attrs.validators.instance_of(UUID))
     metadata: Metadata = attrs.field(factory=dict[str, object])
-    occurred_at: datetime | None = attrs.field(default=None, validator=_aware)
+    occurred_at: datetime | None = attrs.field(default=None, validator=_check_moment)
 
 
 class StoredEvent(Struct, Generic[E_co], frozen=True, gc=False):

@@ -1,0 +1,1 @@
+"""A program to learn from: `fines` is the domain, `log` the input, `work` what is done with it."""
