@@ -228,8 +228,8 @@ class SQLiteDatabase:
                 return append.repeated(stored)
             versions = append.unexpected(version)
             between = (*stream, versions.start, versions.stop - 1)
-            types = [row[0] for row in connection.execute(_TYPES_BETWEEN, between)]
-            raise append.conflict(version, types)
+            found = connection.execute(_TYPES_BETWEEN, between) if versions else ()
+            raise append.conflict(version, [row[0] for row in found])
         result = append.result(version + 1, self.position + 1, self._now)
         for encoded in append.events:
             version += 1

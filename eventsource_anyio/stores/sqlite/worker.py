@@ -7,8 +7,8 @@
   after it. A job that failed has changed nothing.
 - A write that was handed over is finished, and its caller's outcome is what happened: if the caller
   is cancelled and it was stored, the result is returned.
-- A job that finds the database locked by another process goes back into the queue and is tried
-  again, so waiting for a lock is waiting in the queue: it can be cancelled, and reads overtake it.
+- A job that finds the database locked by another process goes into the next batch, so waiting for a
+  lock is waiting in the queue: it can be cancelled, and reads overtake it.
 """
 
 from __future__ import annotations
@@ -40,19 +40,35 @@ _REOPEN_AFTER = 0.01
 T = TypeVar("T")
 
 
+class _Batch:
+    """Jobs that are handed over together. Those who made them wait for one event."""
+
+    __slots__ = ("cost", "done", "handed_over", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: list[_Job[object]] = []
+        self.cost = 0
+        self.handed_over = False
+        self.done = anyio.Event()
+
+
 class _Job(Generic[T]):
     """A read, which is a function, or a write, which is a unit of appends."""
 
-    __slots__ = ("cost", "done", "error", "handed_over", "value", "withdrawn", "work")
+    __slots__ = ("batch", "error", "settled", "value", "withdrawn", "work")
 
-    def __init__(self, work: Callable[[Connection], T] | Unit, cost: int) -> None:
+    def __init__(self, work: Callable[[Connection], T] | Unit, batch: _Batch) -> None:
         self.work = work
-        self.cost = cost
-        self.done = anyio.Event()
-        self.handed_over = False
+        self.batch = batch
+        self.settled = False
         self.withdrawn = False
         self.value: T | None = None
         self.error: BaseException | None = None
+
+    async def wait(self) -> None:
+        """Wait until it is settled; a locked database puts it into one batch after another."""
+        while not self.settled:
+            await self.batch.done.wait()
 
 
 class Worker:
@@ -74,8 +90,8 @@ class Worker:
         self._signal = signal
         self._name = name
         self._poll_every = poll_every
-        self._waiting: deque[_Job[object]] = deque()
-        self._batches: queue.SimpleQueue[Sequence[_Job[object]] | None] = queue.SimpleQueue()
+        self._waiting: deque[_Batch] = deque()
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._working = False
         self._watching = False
         self._open = False
@@ -85,26 +101,27 @@ class Worker:
     async def open(self) -> None:
         """Start the thread and connect; a database that is locked is tried again."""
         while not self._open:
-            connected: _Job[object] = _Job((), 0)
+            connecting = _Batch()
+            failures: list[BaseException] = []
             thread = threading.Thread(
-                target=self._main, args=(connected,), name=self._name, daemon=True
+                target=self._main, args=(connecting, failures), name=self._name, daemon=True
             )
             thread.start()
             try:
-                await connected.done.wait()
+                await connecting.done.wait()
             except BaseException:
                 self._batches.put(None)
                 with shielded_cleanup():
-                    await connected.done.wait()
-                    if connected.error is None:
+                    await connecting.done.wait()
+                    if not failures:
                         await self._stopped.wait()
                 raise
-            if connected.error is None:
+            if not failures:
                 self._open = True
-            elif is_locked(connected.error):
+            elif is_locked(failures[0]):
                 await anyio.sleep(_REOPEN_AFTER)  # SQLite itself does not wait for every lock
             else:
-                raise connected.error
+                raise failures[0]
 
     async def close(self) -> None:
         """Let the batch at hand finish, refuse what waits, close the connection."""
@@ -112,18 +129,17 @@ class Worker:
             return
         self._open = False
         self._batches.put(None)
-        for job in self._waiting:
-            job.error = StoreClosedError(self._name)
-            job.done.set()
+        for batch in self._waiting:
+            self._refuse(batch.jobs)
+            batch.done.set()
         self._waiting.clear()
         with shielded_cleanup():
             await self._stopped.wait()
 
     async def read(self, run: Callable[[Connection], T], cost: int = 1) -> T:
-        job: _Job[T] = _Job(run, cost)
-        self._submit(cast("_Job[object]", job))
+        job = self._submit(run, cost)
         try:
-            await job.done.wait()
+            await job.wait()
         finally:
             job.withdrawn = True
         return _outcome(job)
@@ -131,16 +147,17 @@ class Worker:
     async def write(self, unit: Unit) -> list[AppendResult]:
         """Store the unit inside the batch's transaction."""
         await checkpoint_if_cancelled()
-        job: _Job[list[AppendResult]] = _Job(unit, sum([len(append.events) for append in unit]))
-        self._submit(cast("_Job[object]", job))
+        job: _Job[list[AppendResult]] = self._submit(
+            unit, len(unit[0].events) if len(unit) == 1 else sum([len(one.events) for one in unit])
+        )
         try:
-            await job.done.wait()
+            await job.wait()
         except BaseException as error:
             job.withdrawn = True
-            if not job.handed_over:
+            if not job.batch.handed_over:
                 raise
             with anyio.CancelScope(shield=True):
-                await job.done.wait()
+                await job.wait()
             cancelled = isinstance(error, anyio.get_cancelled_exc_class())
             scope_cancelled = anyio.current_effective_deadline() == -inf
             if job.error is not None or not (cancelled and scope_cancelled):
@@ -154,65 +171,73 @@ class Worker:
         """Somebody has begun to wait for other processes: wake the thread up to look for them."""
         if not self._watching:
             self._watching = True
-            self._batches.put(())
+            self._batches.put(None)
 
     # On the event loop -----------------------------------------------------------------------
 
-    def _submit(self, job: _Job[object]) -> None:
+    def _submit(self, work: Callable[[Connection], T] | Unit, cost: int) -> _Job[T]:
         if not self._open:
             raise StoreClosedError(self._name)
-        self._waiting.append(job)
+        if not self._waiting or self._waiting[-1].cost >= _COST_AT_MOST:
+            self._waiting.append(_Batch())
+        batch = self._waiting[-1]
+        job = _Job(work, batch)
+        batch.jobs.append(cast("_Job[object]", job))
+        batch.cost += cost
         if not self._working:
             self._hand_over()
+        return job
 
     def _hand_over(self) -> None:
-        batch: list[_Job[object]] = []
-        cost = 0
-        while self._waiting and cost < _COST_AT_MOST:
-            job = self._waiting.popleft()
-            if job.withdrawn:
-                continue
-            job.handed_over = True
-            cost += job.cost
-            batch.append(job)
-        self._working = bool(batch)
-        if batch:
+        self._working = bool(self._waiting)
+        if self._waiting:
+            batch = self._waiting.popleft()
+            batch.jobs = [job for job in batch.jobs if not job.withdrawn]
+            batch.handed_over = True
             self._batches.put(batch)
 
-    def _finished(self, batch: Sequence[_Job[object]], position: int) -> None:
+    def _finished(self, batch: _Batch, position: int) -> None:
         self._signal.advance(position)
-        settled = [job for job in batch if not is_locked(job.error)]
-        for job in reversed(batch):
-            if is_locked(job.error):
-                self._put_back(job)
-        if batch:
-            self._hand_over()
-        for job in settled:
-            job.done.set()
+        locked: list[_Job[object]] = []
+        for job in batch.jobs:
+            if is_locked(job.error) and not job.withdrawn:
+                locked.append(job)
+            else:
+                job.settled = True
+        if locked:
+            self._try_again(locked)
+        self._hand_over()
+        batch.done.set()
 
-    def _put_back(self, job: _Job[object]) -> None:
-        if job.withdrawn:
-            job.done.set()
-        elif self._open:
+    def _try_again(self, jobs: list[_Job[object]]) -> None:
+        if not self._open:
+            self._refuse(jobs)
+            return
+        if not self._waiting:
+            self._waiting.append(_Batch())
+        again = self._waiting[0]
+        again.jobs[:0] = jobs
+        for job in jobs:
+            job.batch = again
             job.error = None
-            job.handed_over = False
-            self._waiting.appendleft(job)
-        else:
+
+    def _refuse(self, jobs: Sequence[_Job[object]]) -> None:
+        for job in jobs:
             job.error = StoreClosedError(self._name)
-            job.done.set()
+            job.settled = True
 
     # On the thread ---------------------------------------------------------------------------
 
-    def _main(self, connected: _Job[object]) -> None:
+    def _main(self, connecting: _Batch, failures: list[BaseException]) -> None:
         try:
             try:
                 connection = self._database.connect()
             except BaseException as error:  # noqa: BLE001  (raised where it was opened)
-                connected.error = error
-                from_thread.run_sync(connected.done.set, token=self._token)
+                failures.append(error)
+                from_thread.run_sync(connecting.done.set, token=self._token)
                 return
             try:
-                from_thread.run_sync(connected.done.set, token=self._token)
+                from_thread.run_sync(connecting.done.set, token=self._token)
                 self._serve(connection)
             finally:
                 connection.close()
@@ -232,17 +257,19 @@ class Worker:
             try:
                 batch = self._batches.get(timeout=min(max(left, 0), threading.TIMEOUT_MAX))
             except queue.Empty:
-                batch = ()
-            if batch is None:
+                batch = None
+            if batch is not None:
+                self._execute(connection, batch.jobs)
+            elif not self._open:
                 return
-            if batch:
-                self._execute(connection, batch)
             known = database.position
             if watching and monotonic() - looked >= self._poll_every:
                 self._look(connection)
                 looked = monotonic()
-            if batch or database.position > known:
+            if batch is not None:
                 from_thread.run_sync(self._finished, batch, database.position, token=self._token)
+            elif database.position > known:
+                from_thread.run_sync(self._signal.advance, database.position, token=self._token)
 
     def _look(self, connection: Connection) -> None:
         try:
@@ -252,15 +279,15 @@ class Worker:
             if not is_locked(error):
                 from_thread.run_sync(self._signal.wake, token=self._token)
 
-    def _execute(self, connection: Connection, batch: Sequence[_Job[object]]) -> None:
-        writes = [job for job in batch if not callable(job.work)]
+    def _execute(self, connection: Connection, jobs: Sequence[_Job[object]]) -> None:
+        writes = [job for job in jobs if not callable(job.work)]
         if writes:
             self._write(connection, writes)
             if len(writes) > 1 and any(_is_failure(job.error) for job in writes):
                 # One of them may have broken it for all: each by itself, in a transaction each.
                 for job in writes:
                     self._write(connection, [job])
-        for job in batch:
+        for job in jobs:
             if callable(job.work):
                 try:
                     job.value = job.work(connection)
