@@ -260,7 +260,7 @@ class Worker:
                 batch = None
             if batch is not None:
                 self._execute(connection, batch.jobs)
-            elif not self._open:
+            elif not self._open and self._batches.empty():
                 return
             known = database.position
             if watching and monotonic() - looked >= self._poll_every:

@@ -1,0 +1,380 @@
+"""The SQLite store against the in-memory one, which is the reference.
+
+Whatever is done, in whatever order, both answer the same: results, positions, errors and their
+messages. Only the time of recording is each store's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, TypeAlias
+from uuid import UUID
+
+import anyio
+import attrs
+from anyio.from_thread import start_blocking_portal
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from msgspec.structs import replace
+
+from eventsource_anyio import (
+    ANY,
+    NO_STREAM,
+    STREAM_EXISTS,
+    AppendResult,
+    DomainEvent,
+    EventDecodeError,
+    EventStore,
+    EventStream,
+    InMemoryEventStore,
+    NewEvent,
+    ReadOptions,
+    SQLiteEventStore,
+    StoredEvent,
+    Subscription,
+)
+from eventsource_anyio.testing.reading import forgotten
+from eventsource_anyio.testing.samples import Ended, Happened
+
+HUGE = 2**64
+SOME_DAY = datetime(2001, 2, 3, 4, 5, 6, 7, UTC)
+RIGHT = "the version that the stream is at"
+TYPES = (Happened.event_type, Ended.event_type)
+
+aggregate_ids = st.sampled_from(["a", "b", UUID(int=1), str(UUID(int=1)), "ü/7"])
+aggregate_types = st.sampled_from(["Thing", "Other"])
+events = st.builds(Happened, st.integers(-9, 9), st.text(max_size=3)) | st.just(Ended())
+drafts = st.lists(
+    st.builds(
+        NewEvent,
+        events,
+        event_id=st.just(UUID(int=0)),
+        metadata=st.sampled_from([{}, {"user": "ann"}, {"deep": [1, {"ü": None}]}]),
+        occurred_at=st.sampled_from([None, SOME_DAY]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+expectations = st.sampled_from([ANY, NO_STREAM, STREAM_EXISTS, RIGHT, RIGHT, HUGE]) | st.integers(
+    0, 8
+)
+unknown_types = st.sampled_from([None, None, None, *TYPES])
+numbers = st.integers(0, 30) | st.just(HUGE)
+some_types = st.sampled_from([(), TYPES[:1], TYPES[1:], TYPES, ("unheard of",)])
+some_aggregate_types = st.sampled_from([(), (), ("Thing",), ("Other", "unheard of")])
+batch_sizes = st.sampled_from([1, 2, 3, 5, 500, HUGE])
+
+
+def options(**bounds: st.SearchStrategy[Any]) -> st.SearchStrategy[ReadOptions]:
+    possible = {
+        **bounds,
+        "backwards": st.booleans(),
+        "limit": st.none() | numbers,
+        "event_types": some_types,
+        "batch_size": batch_sizes,
+    }
+    return st.fixed_dictionaries({}, optional=possible).map(lambda given: ReadOptions(**given))
+
+
+@attrs.frozen
+class Attempt:
+    """An append, whether it succeeded or not; it can be made again."""
+
+    aggregate_id: UUID | str
+    aggregate_type: str
+    events: Sequence[NewEvent]
+    expected: Any
+
+
+@attrs.define
+class Following:
+    """A subscription to each store."""
+
+    options: ReadOptions
+    subscriptions: list[Subscription]
+
+
+Operation: TypeAlias = Callable[..., Awaitable[object]]
+
+
+async def outcome(operation: Operation, store: EventStore, *arguments: Any) -> object:
+    try:
+        return comparable(await operation(store, *arguments))
+    except Exception as error:  # noqa: BLE001  (whatever it is, both raise it)
+        return comparable(error)
+
+
+def comparable(answer: object) -> object:
+    """The answer without the time at which it was recorded."""
+    match answer:
+        case StoredEvent(recorded_at=recorded_at, occurred_at=occurred_at):
+            given = SOME_DAY if occurred_at == SOME_DAY else recorded_at
+            assert occurred_at == given
+            moment = occurred_at if occurred_at != recorded_at else SOME_DAY.replace(year=1970)
+            return replace(answer, recorded_at=SOME_DAY, occurred_at=moment)
+        case AppendResult():
+            return (answer.version, answer.position, comparable(answer.events))
+        case EventStream():
+            return (attrs.evolve(answer, events=()), comparable(answer.events))
+        case EventDecodeError():
+            return (str(answer), answer.payload)
+        case Exception():
+            return (type(answer), str(answer))
+        case list() | tuple():
+            return [comparable(one) for one in answer]
+        case _:
+            return answer
+
+
+async def take(iterator: AsyncIterator[StoredEvent], count: int | None = None) -> list[object]:
+    """The next events, and the errors in place of those that cannot be read."""
+    taken: list[object] = []
+    while count is None or len(taken) < count:
+        try:
+            taken.append(await anext(iterator))
+        except StopAsyncIteration:
+            break
+        except EventDecodeError as error:
+            taken.append(error)
+    return taken
+
+
+class Stores(RuleBasedStateMachine):
+    backend: ClassVar[tuple[str, dict[str, Any]]]
+    attempts = Bundle[Attempt]("attempts")
+    followings = Bundle[Following]("followings")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.call = self.stack.enter_context(start_blocking_portal(*self.backend)).call
+        path = Path(self.stack.enter_context(TemporaryDirectory())) / "events.db"
+        self.stores = (InMemoryEventStore(), SQLiteEventStore(path, synchronous="NORMAL"))
+        self.used_ids = 0
+        self.all_followings: list[Following] = []
+        self.open()
+
+    def open(self) -> None:
+        for store in self.stores:
+            self.call(store.__aenter__)
+
+    def close(self) -> None:
+        for store in self.stores:
+            self.call(store.__aexit__, None, None, None)
+
+    def teardown(self) -> None:
+        with self.stack:
+            self.reopen()
+            self.read_all(ReadOptions(), None)
+            self.close()
+
+    def both(self, operation: Operation, unknown: str | None = None) -> Any:
+        """The outcome of the operation, which is the same in both stores."""
+
+        async def run() -> list[object]:
+            return [await outcome(operation, store) for store in self.stores]
+
+        with forgotten(unknown) if unknown else nullcontext():
+            reference, sqlite = self.call(run)
+        assert sqlite == reference
+        return reference
+
+    def new(self, drafts: Sequence[NewEvent]) -> list[NewEvent]:
+        """The drafts with ids of their own, the same for both stores."""
+        self.used_ids += len(drafts)
+        last = self.used_ids
+        return [attrs.evolve(one, event_id=UUID(int=last - nth)) for nth, one in enumerate(drafts)]
+
+    def version(self, attempt: Attempt) -> int:
+        async def version(store: EventStore) -> int:
+            return (await store.get_events(attempt.aggregate_id, attempt.aggregate_type)).version
+
+        found: int = self.both(version)
+        return found
+
+    def append(self, attempt: Attempt, unknown: str | None = None) -> None:
+        expected = self.version(attempt) if attempt.expected is RIGHT else attempt.expected
+        arguments = (attempt.aggregate_id, attempt.aggregate_type, attempt.events, expected)
+        self.both(lambda store: store.append_events(*arguments), unknown)
+
+    # Appending
+
+    @rule(target=attempts, of=aggregate_ids, kind=aggregate_types, drafts=drafts, at=expectations)
+    def append_something_new(
+        self, of: UUID | str, kind: str, drafts: Sequence[NewEvent], at: Any
+    ) -> Attempt:
+        attempt = Attempt(of, kind, self.new(drafts), at)
+        self.append(attempt)
+        return attempt
+
+    @rule(attempt=attempts, at=expectations, unknown=unknown_types)
+    def append_it_again(self, attempt: Attempt, at: Any, unknown: str | None) -> None:
+        self.append(attrs.evolve(attempt, expected=at), unknown)
+
+    @rule(attempt=attempts, of=aggregate_ids, kind=aggregate_types, at=expectations)
+    def append_it_elsewhere(self, attempt: Attempt, of: UUID | str, kind: str, at: Any) -> None:
+        self.append(Attempt(of, kind, attempt.events, at))
+
+    @rule(attempt=attempts, more=drafts, at=expectations, data=st.data())
+    def append_some_of_it_among_others(
+        self, attempt: Attempt, more: Sequence[NewEvent], at: Any, data: st.DataObject
+    ) -> None:
+        events = data.draw(st.permutations([*attempt.events, *self.new(more)]))
+        count = data.draw(st.integers(1, len(events)))
+        self.append(attrs.evolve(attempt, events=events[:count], expected=at))
+
+    @rule(attempt=attempts, event=events, at=expectations)
+    def append_another_event_under_its_id(
+        self, attempt: Attempt, event: DomainEvent, at: Any
+    ) -> None:
+        first, *others = attempt.events
+        changed = [attrs.evolve(first, event=event), *others]
+        self.append(attrs.evolve(attempt, events=changed, expected=at))
+
+    @rule(
+        new=st.lists(st.tuples(aggregate_ids, aggregate_types, drafts), max_size=8),
+        again=st.lists(attempts, max_size=4),
+        data=st.data(),
+    )
+    def write_in_transactions_that_end_at_once(
+        self,
+        new: Sequence[tuple[UUID | str, str, Sequence[NewEvent]]],
+        again: Sequence[Attempt],
+        data: st.DataObject,
+    ) -> None:
+        """One after another in the reference; together, and in the same order, in SQLite."""
+        appends = [Attempt(of, kind, self.new(events), ANY) for of, kind, events in new]
+        units: list[list[Attempt]] = [[]]
+        for append in data.draw(st.permutations([*appends, *again])):
+            expected = data.draw(st.just(ANY) | expectations.filter(lambda one: one is not RIGHT))
+            units[-1].append(attrs.evolve(append, expected=expected))
+            if data.draw(st.booleans()):
+                units.append([])
+
+        async def transact(
+            store: EventStore,
+            unit: Sequence[Attempt],
+            turn: anyio.Event | None = None,
+            next_turn: anyio.Event | None = None,
+        ) -> object:
+            async with store.transaction() as tx:
+                for one in unit:
+                    await tx.append_events(
+                        one.aggregate_id, one.aggregate_type, one.events, one.expected
+                    )
+                if turn and next_turn:
+                    await turn.wait()
+                    next_turn.set()  # after this one is in the queue, where it goes without a pause
+            return tx.results
+
+        async def run() -> None:
+            reference, sqlite = self.stores
+            expected = [await outcome(transact, reference, unit) for unit in units]
+            turns = [anyio.Event() for _ in range(len(units) + 1)]
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as tasks:
+                    writing = [
+                        tasks.create_task(outcome(transact, sqlite, unit, *turns[nth : nth + 2]))
+                        for nth, unit in enumerate(units)
+                    ]
+                    await anyio.wait_all_tasks_blocked()
+                    turns[0].set()
+            assert [one.return_value for one in writing] == expected
+
+        self.call(run)
+
+    # Reading
+
+    @rule(
+        options=options(
+            from_position=numbers,
+            to_position=st.none() | numbers,
+            aggregate_types=some_aggregate_types,
+        ),
+        unknown=unknown_types,
+    )
+    def read_all(self, options: ReadOptions, unknown: str | None) -> None:
+        self.both(lambda store: take(store.read_all(options)), unknown)
+
+    @rule(
+        of=aggregate_ids,
+        kind=aggregate_types,
+        options=options(from_version=numbers, to_version=st.none() | numbers),
+        unknown=unknown_types,
+    )
+    def read_stream(
+        self, of: UUID | str, kind: str, options: ReadOptions, unknown: str | None
+    ) -> None:
+        self.both(lambda store: take(store.read_stream(f"{kind}-{of}", options)), unknown)
+
+    @rule(
+        of=aggregate_ids,
+        kind=st.none() | aggregate_types,
+        first=numbers,
+        unknown=unknown_types,
+    )
+    def get_events(self, of: UUID | str, kind: str | None, first: int, unknown: str | None) -> None:
+        self.both(lambda store: store.get_events(of, kind, first), unknown)
+
+    @invariant()
+    def they_end_at_the_same_position(self) -> None:
+        self.both(lambda store: store.last_position())
+
+    # Subscribing
+
+    def subscribe(self, options: ReadOptions, after: int) -> list[Subscription]:
+        return [
+            self.call(store.subscribe(after=after, options=options).__aenter__)
+            for store in self.stores
+        ]
+
+    @rule(
+        target=followings,
+        after=st.integers(0, 30),
+        event_types=some_types,
+        aggregate_types=some_aggregate_types,
+        batch_size=batch_sizes,
+    )
+    def follow(self, after: int, **filters: Any) -> Following:
+        options = ReadOptions(**filters)
+        following = Following(options, self.subscribe(options, after))
+        self.all_followings.append(following)
+        return following
+
+    @rule(following=followings, most=st.integers(1, 9), unknown=unknown_types)
+    def take_what_is_new(self, following: Following, most: int, unknown: str | None) -> None:
+        reference, sqlite = following.subscriptions
+        assert sqlite.position == reference.position
+        rest = attrs.evolve(following.options, from_position=reference.position + 1, limit=most)
+        expected = self.both(lambda store: take(store.read_all(rest)), unknown)
+        with forgotten(unknown) if unknown else nullcontext():
+            for subscription in following.subscriptions:
+                found = comparable(self.call(take, subscription, len(expected)))
+                assert found == expected
+        assert sqlite.position == reference.position
+
+    @rule()
+    def reopen(self) -> None:
+        self.close()
+        self.open()
+        for following in self.all_followings:
+            (after,) = {one.position for one in following.subscriptions}
+            following.subscriptions = self.subscribe(following.options, after)
+
+
+def test_both_stores_answer_the_same(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    class StoresOnThisLoop(Stores):
+        backend = anyio_backend
+
+    run_state_machine_as_test(StoresOnThisLoop, settings=settings(stateful_step_count=50))

@@ -1,0 +1,188 @@
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+"""What type checkers have to find in the public API: checked by them, never run.
+
+Each `ignore` is a mistake that they have to see: they report one where there is nothing to ignore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import assert_type
+from uuid import UUID
+
+import attrs
+
+from eventsource_anyio import (
+    ANY,
+    NO_STREAM,
+    AggregateRepository,
+    AggregateRoot,
+    AppendResult,
+    Decider,
+    DeciderAggregate,
+    DomainEvent,
+    EventStore,
+    EventStream,
+    InMemoryEventStore,
+    NewEvent,
+    ReadOptions,
+    SQLiteEventStore,
+    StoredEvent,
+    Subscription,
+    SyncRunner,
+    Transaction,
+    applies,
+    upcaster,
+)
+from eventsource_anyio.testing import cancel_at_every_checkpoint, given
+
+
+@attrs.frozen
+class Filled(DomainEvent):
+    litres: int
+
+
+@attrs.frozen
+class Drained(DomainEvent):
+    litres: int
+
+
+class Tank(AggregateRoot):
+    def __init__(self, aggregate_id: UUID | str) -> None:
+        super().__init__(aggregate_id)
+        self.litres = 0
+
+    def fill(self, litres: int, *, slowly: bool = False) -> None:
+        self.apply(Filled(litres))
+
+    @applies(Filled, Drained)
+    def _changed(self, event: Filled | Drained) -> None:
+        self.litres += event.litres
+
+
+@attrs.frozen
+class Fill:
+    litres: int
+
+
+def decide(command: Fill, litres: int) -> list[Filled | Drained]:
+    return [Filled(command.litres)]
+
+
+def evolve(litres: int, event: Filled | Drained) -> int:
+    return litres + event.litres
+
+
+tank = Decider("Tank", initial=int, decide=decide, evolve=evolve)
+assert_type(tank, Decider[int, Fill, Filled | Drained])
+
+
+async def of_a_root(store: EventStore) -> None:
+    tanks = AggregateRepository(store, Tank)
+    assert_type(tanks, AggregateRepository[Tank])
+    loaded = await tanks.load("t", version=2)
+    assert_type(loaded, Tank)
+    assert_type(loaded.uncommitted_events, tuple[NewEvent, ...])
+    assert_type(await tanks.save(loaded), AppendResult | None)
+    assert_type(await tanks.execute("t", Tank.fill, 5), AppendResult | None)
+    assert_type(await tanks.execute("t", Tank.fill, 5, slowly=True), AppendResult | None)
+    await tanks.execute("t", Tank.fill, "5")  # type: ignore[arg-type]
+    await tanks.execute("t", Tank.fill)  # type: ignore[call-arg]
+    await tanks.save(tank)  # type: ignore[arg-type]
+    await tanks.load(7)  # type: ignore[arg-type]
+
+
+async def of_a_decider(store: EventStore) -> None:
+    tanks = AggregateRepository(store, tank)
+    assert_type(tanks, AggregateRepository[DeciderAggregate[int, Fill, Filled | Drained]])
+    loaded = await tanks.load("t")
+    assert_type(loaded, DeciderAggregate[int, Fill, Filled | Drained])
+    assert_type(loaded.state, int)
+    assert_type(await tanks.execute("t", Fill(5)), AppendResult | None)
+    await tanks.execute("t", 5)  # type: ignore[call-overload]
+    loaded.decide(5)  # type: ignore[arg-type]
+
+
+async def of_a_store(store: EventStore) -> None:
+    result = await store.append_events("t", "Tank", [Filled(5), NewEvent(Drained(2))], NO_STREAM)
+    assert_type(result, AppendResult)
+    assert_type(result.events, tuple[StoredEvent, ...])
+    stream = await store.get_events("t", "Tank")
+    assert_type(stream, EventStream)
+    assert_type(stream[0], StoredEvent[DomainEvent])
+    assert_type(stream[1:], tuple[StoredEvent, ...])
+    for stored in stream:
+        assert_type(stored, StoredEvent)
+        assert_type(stored.event, DomainEvent)
+        if isinstance(stored.event, Filled):
+            assert_type(stored.event.litres, int)
+    assert_type(store.read_stream("Tank-t"), AsyncIterator[StoredEvent])
+    assert_type(
+        store.read_all(ReadOptions(event_types=(Filled, "Drained"))), AsyncIterator[StoredEvent]
+    )
+    async with store.subscribe(after=3) as subscription:
+        assert_type(subscription, Subscription)
+        assert_type(await anext(subscription), StoredEvent)
+    async with store.transaction() as transaction:
+        assert_type(transaction, Transaction)
+    await store.append_events("t", "Tank", [5], ANY)  # type: ignore[list-item]
+    await store.append_events("t", "Tank", [Filled(5)])  # type: ignore[call-arg]
+    await store.append_events("t", "Tank", [Filled(5)], "ANY")  # type: ignore[arg-type]
+
+
+async def of_opening() -> None:
+    async with InMemoryEventStore() as in_memory:
+        assert_type(in_memory, InMemoryEventStore)
+    async with SQLiteEventStore("events.db") as sqlite:
+        assert_type(sqlite, SQLiteEventStore)
+
+
+def of_stored_events(
+    filled: StoredEvent[Filled], either: StoredEvent[Filled | Drained], some: StoredEvent
+) -> None:
+    assert_type(filled.event, Filled)
+    assert_type(either.event, Filled | Drained)
+    assert_type(some.event, DomainEvent)
+    wider: Sequence[StoredEvent] = [filled, either]  # a handler of any event takes one of these
+    narrower: StoredEvent[Filled] = either  # type: ignore[assignment]
+    filled.version = 7  # type: ignore[misc]
+    del wider, narrower
+
+
+def of_scenarios() -> None:
+    given(Tank, Filled(5)).when(Tank.fill, 5, slowly=True).then(Filled(5))
+    given(Tank).when(Tank.fill, 5).then_raises(ValueError, "too much")
+    assert_type(given(Tank).aggregate, Tank)
+    assert_type(given(Tank).when(Tank.fill, 5).aggregate, Tank)
+    given(Tank).when(Tank.fill, "5")  # type: ignore[arg-type]
+    assert_type(given(tank).aggregate, DeciderAggregate[int, Fill, Filled | Drained])
+    assert_type(given(tank, Filled(5)).when(Fill(5)).then(Filled(5)).aggregate.state, int)
+    given(tank).when(5)  # type: ignore[call-overload]
+
+
+def of_sync_use(store: EventStore) -> None:
+    with SyncRunner(store) as runner:
+        assert_type(runner, SyncRunner)
+        assert_type(runner.call(store.last_position), int)
+        tanks = AggregateRepository(store, Tank)
+        assert_type(runner.call(tanks.load, "t", version=3), Tank)
+        assert_type(runner.iterate(store.read_all()), Iterator[StoredEvent])
+        with runner.context(store.transaction()) as transaction:
+            assert_type(transaction, Transaction)
+            runner.call(transaction.append_events, "t", "Tank", [Filled(5)], ANY)
+        runner.call(store.last_position, 7)  # type: ignore[call-arg]
+        runner.call(len, "7")  # type: ignore[arg-type]
+
+
+async def of_cancelling(store: EventStore) -> None:
+    async def look(position: int | None) -> None: ...
+
+    assert_type(await cancel_at_every_checkpoint(store.last_position, look), int)
+
+
+@upcaster(Filled, from_version=1)
+def in_litres(payload: dict[str, object]) -> dict[str, object]:
+    return payload
+
+
+assert_type(in_litres({}), dict[str, object])
