@@ -4,7 +4,9 @@
   is returned. Equal is what is equal by `==`, part by part (difference.py): `12` in a Decimal field
   is fine, for `Decimal(12)` comes back; `"12"` is not. So an aware datetime comes back as the same
   instant at a fixed offset, and the fold of a naive one is not kept.
-- A type whose values could never come back is refused when the codec is made.
+- A type whose values could never come back is refused when the codec is made. Where it depends on
+  the value, the value is refused: a tuple in a `Sequence` field, which comes back as a list, or an
+  instance of a subclass of `Money` in a `Money` field.
 - Fields in JSON that the class does not have are ignored, so that newer code may add some. A field
   that is missing has its default; if it has none, the JSON cannot be read.
 - Constructors, converters and validators run on reading as they do anywhere else.

@@ -23,7 +23,7 @@ _UNBOUND: dict[str, Any] = {}
 if sys.version_info >= (3, 14):
     import annotationlib
 
-    # Annotations without quotes, too, may name what is not bound yet; those names are left to look up.
+    # An annotation without quotes, too, may name what is not bound yet.
     _UNBOUND["format"] = annotationlib.Format.FORWARDREF
 
 _QUALIFIERS = frozenset({"Required", "NotRequired", "ReadOnly"})
