@@ -118,14 +118,15 @@ class ReadOptions:
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1, not {self.batch_size!r}")
 
-    def _refuse(self, call: str, *names: str) -> None:
-        """Raise `ValueError` for an option that has no meaning in this call."""
-        for name in names:
-            if getattr(self, name) != getattr(_DEFAULTS, name):
-                raise ValueError(f"{name} has no meaning for {call}")
-
 
 _DEFAULTS = ReadOptions()
+
+
+def _refuse(options: ReadOptions, call: str, *names: str) -> None:
+    """Raise `ValueError` for an option that has no meaning in this call."""
+    for name in names:
+        if getattr(options, name) != getattr(_DEFAULTS, name):
+            raise ValueError(f"{name} has no meaning for {call}")
 
 
 class EventStore(ABC):
@@ -230,14 +231,14 @@ class EventStore(ABC):
         once a page.
         """
         options = options or _DEFAULTS
-        options._refuse("read_stream", "from_position", "to_position", "aggregate_types")
+        _refuse(options, "read_stream", "from_position", "to_position", "aggregate_types")
         request = _stream_request(*parse_stream_id(stream_id), options)
         return EventIterator(self._read, request, options.limit)
 
     def read_all(self, options: ReadOptions | None = None) -> AsyncIterator[StoredEvent]:
         """The events of the whole store by position; otherwise as `read_stream`."""
         options = options or _DEFAULTS
-        options._refuse("read_all", "from_version", "to_version")
+        _refuse(options, "read_all", "from_version", "to_version")
         low, high = max(options.from_position, 1), options.to_position
         start, stop = (high, low) if options.backwards else (low, high)
         request = _request(None, start, stop, options)
@@ -255,7 +256,8 @@ class EventStore(ABC):
         if not isinstance(after, int) or after < 0:
             raise ValueError(f"after must be a position from 0, not {after!r}")
         options = options or _DEFAULTS
-        options._refuse(
+        _refuse(
+            options,
             "subscribe",
             *("from_version", "to_version", "from_position", "to_position", "backwards", "limit"),
         )
