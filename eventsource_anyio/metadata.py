@@ -82,6 +82,6 @@ def encode_metadata(metadata: Metadata) -> str | None:
 _IDS = frozenset(("correlation_id", "causation_id"))
 
 
-def decode_metadata(data: str | None) -> Metadata:
+def decode_metadata(data: str | bytes | None) -> Metadata:
     """A plain dict in any case, so that what holds it can be pickled, copied and made JSON."""
     return _decode(data) if data else {}

@@ -847,3 +847,34 @@ def test_type_checkers_understand_the_api():
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
+
+
+# -- what would never be awaited --------------------------------------------------------------
+
+
+async def test_an_async_command_is_refused_and_stores_nothing(store, purses):
+    async def add_later(purse: Purse) -> None:
+        purse.add(1)
+
+    with pytest.raises(TypeError, match="is async"):
+        await purses.execute("p", add_later)
+    assert await store.last_position() == 0
+
+
+def test_an_async_method_of_an_event_is_refused_where_it_is_defined():
+    with pytest.raises(TypeError, match="is async, and nobody would await it"):
+
+        class Late(AggregateRoot):
+            @applies(CoinsAdded)  # type: ignore[type-var]
+            async def _added(self, event: CoinsAdded) -> None: ...
+
+
+def test_only_what_was_stored_is_taken_off_the_uncommitted_events():
+    purse = Purse("p")
+    purse.open("ann")
+    stored = purse.uncommitted_events
+    purse.add(5)
+    purse.mark_committed(stored)
+    purse.mark_committed(stored)
+    assert [new.event for new in purse.uncommitted_events] == [CoinsAdded(5)]
+    assert purse.version == 2

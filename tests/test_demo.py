@@ -77,7 +77,7 @@ def given(*events):
     fine = Fine("N1")
     for event in events:
         fine.apply(event)
-    fine.mark_committed(len(events))
+    fine.mark_committed(fine.uncommitted_events)
     return fine
 
 

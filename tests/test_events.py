@@ -464,6 +464,31 @@ async def test_a_broken_payload_costs_only_its_own_event(
         await sqlite_event_store.get_events("ann")
 
 
+@pytest.mark.parametrize("column", ["payload", "metadata"])
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        ("x'7b22746f223aff7d'", b'{"to":\xff}'),
+        ("CAST(x'7b22746f223a22ff227d' AS TEXT)", b'{"to":"\xff"}'),
+        ("'[1]'", b"[1]"),
+    ],
+    ids=["blob", "no-utf-8", "array"],
+)
+async def test_broken_bytes_cost_only_their_own_event(
+    tmp_path, sqlite_event_store, column, value, stored
+):
+    await append(sqlite_event_store, *(LetterSent(name) for name in ("ann", "bob", "eve")))
+    edit(tmp_path, f"UPDATE events SET {column} = {value} WHERE version = 2")
+    reader = sqlite_event_store.read_all()
+    assert (await anext(reader)).event == LetterSent("ann")
+    with pytest.raises(EventDecodeError) as raised:
+        await anext(reader)
+    assert raised.value.path.startswith("metadata" if column == "metadata" else "$")
+    if column == "payload":
+        assert raised.value.payload == stored
+    assert (await anext(reader)).event == LetterSent("eve")
+
+
 @pytest.mark.parametrize(
     "payload", ["", "[1]", '{"address":' + "[" * 100_000], ids=["empty", "array", "deep"]
 )

@@ -106,9 +106,9 @@ class AggregateRepository(Generic[TAggregate]):
         """Append the aggregate's uncommitted events; None if there are none.
 
         It is at the version that it was loaded at, or `ConcurrencyError` is raised and it keeps
-        its events. It may be saved again after any failure or cancellation: the events have their
-        ids, so nothing is stored twice. A bus that fails raises its own error, with a note that
-        the events are stored.
+        its events. As it is, it may be saved again after any failure or cancellation: the events
+        have their ids, so nothing is stored twice. A bus that fails raises its own error, with a
+        note that the events are stored.
         """
         if aggregate.stream_id != stream_id_of(self._aggregate_type, aggregate.aggregate_id):
             raise TypeError(
@@ -164,7 +164,7 @@ class AggregateRepository(Generic[TAggregate]):
             uncommitted,
             aggregate.version - len(uncommitted),
         )
-        aggregate.mark_committed(len(uncommitted))
+        aggregate.mark_committed(uncommitted)
         return result
 
     async def _publish(self, result: AppendResult | None) -> None:

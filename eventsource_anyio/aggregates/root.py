@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from inspect import iscoroutinefunction
 from typing import ClassVar, TypeVar, cast
 
 import attrs
@@ -62,9 +63,10 @@ class Aggregate(ABC):
         if events:
             self._version = events[-1].version
 
-    def mark_committed(self, count: int) -> None:
-        """The first `count` uncommitted events have been stored."""
-        del self._uncommitted[:count]
+    def mark_committed(self, stored: Iterable[NewEvent]) -> None:
+        """These of the uncommitted events have been stored."""
+        ids = {new.event_id for new in stored}
+        self._uncommitted = [new for new in self._uncommitted if new.event_id not in ids]
 
     @abstractmethod
     def perform(self, command: object, *args: object, **kwargs: object) -> None:
@@ -111,6 +113,8 @@ def applies(*event_classes: type[DomainEvent]) -> Callable[[F], F]:
         registered(event_class)
 
     def mark(method: F) -> F:
+        if iscoroutinefunction(method):
+            raise TypeError(f"{method.__qualname__} is async, and nobody would await it")
         setattr(method, _MARK, event_classes)
         return method
 
@@ -148,7 +152,13 @@ class AggregateRoot(Aggregate):
         cls._appliers.aggregate = cls.__name__
 
     def perform(self, command: object, *args: object, **kwargs: object) -> None:
-        cast("Callable[..., object]", command)(self, *args, **kwargs)
+        result = cast("Callable[..., object]", command)(self, *args, **kwargs)
+        if isinstance(result, Coroutine):
+            result.close()
+            raise TypeError(
+                f"{command!r} is async, but a command decides on the aggregate's state alone, and "
+                "may be called again. Await what it needs before, and give it as an argument."
+            )
 
     def _aggregate_type(self) -> str:
         return self.aggregate_type

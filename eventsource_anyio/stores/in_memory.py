@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 from uuid import UUID
 
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from ..errors import StoreClosedError
 from ..ids import AggregateId
@@ -50,6 +50,7 @@ class InMemoryEventStore(EventStore):
         signal, self._signal = self._signal, None
         if signal is not None:
             signal.close(type(self).__name__)
+        await cancel_shielded_checkpoint()
 
     def _opened(self) -> AppendSignal:
         if self._signal is None:

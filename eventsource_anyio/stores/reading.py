@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 import anyio
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -105,7 +105,7 @@ class EventIterator(_PageReader):
 
     async def _turn(self) -> None:
         left, request = self._left, self._request
-        if self._ended or left == 0:
+        if self._ended or (left is not None and left <= 0):
             await checkpoint()
             raise StopAsyncIteration
         page = await self._read(
@@ -153,7 +153,7 @@ class Subscription(_PageReader):
     ) -> None:
         self._open = False
         self._events = ()
-        await checkpoint()
+        await cancel_shielded_checkpoint()
 
     async def _turn(self) -> None:
         if not self._open:

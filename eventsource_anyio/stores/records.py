@@ -11,7 +11,7 @@ from enum import Enum
 from typing import TypeAlias
 from uuid import UUID
 
-from msgspec import Struct
+from msgspec import DecodeError, Struct
 
 from ..codec import PayloadError
 from ..errors import ConcurrencyError, DuplicateEventError, EventDecodeError, EventEncodeError
@@ -37,9 +37,6 @@ class ExpectedVersion(Enum):
         return self.name
 
     __repr__ = __str__
-
-    def __reduce__(self) -> str | tuple[object, ...]:
-        return (ExpectedVersion, (self.value,))
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -235,6 +232,15 @@ def _check_version(expected_version: object) -> None:
 Read: TypeAlias = StoredEvent | EventDecodeError
 
 
+def _stored_metadata(data: str | bytes | None) -> Metadata:
+    try:
+        return decode_metadata(data)
+    except (DecodeError, UnicodeError) as error:
+        raise UnreadableError(
+            "metadata", str(error), "Correct the metadata where the event is stored."
+        ) from error
+
+
 def decode_stored(
     event_id: UUID,
     event_type: str,
@@ -244,14 +250,14 @@ def decode_stored(
     position: int,
     recorded_at: datetime,
     occurred_at: datetime | None,
-    metadata_json: str | None,
+    metadata_json: str | bytes | None,
     schema_version: int,
-    payload: str,
+    payload: str | bytes,
 ) -> Read:
     """The stored event, or the error to raise in its place when a reader reaches it."""
     try:
         event = decode_event(event_type, schema_version, payload)
-        metadata = decode_metadata(metadata_json)
+        metadata = _stored_metadata(metadata_json)
     except UnreadableError as error:
         unreadable = EventDecodeError(
             event_type=event_type,
@@ -261,7 +267,9 @@ def decode_stored(
             path=error.path,
             reason=error.reason,
             remedy=error.remedy,
-            payload=payload.encode(errors="surrogateescape"),
+            payload=payload
+            if isinstance(payload, bytes)
+            else payload.encode(errors="surrogateescape"),
         )
         unreadable.__cause__ = error.__cause__
         return unreadable

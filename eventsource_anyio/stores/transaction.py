@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from ..events import DomainEvent, NewEvent
 from ..ids import AggregateId
@@ -67,7 +67,10 @@ class Transaction:
         traceback: TracebackType | None,
     ) -> None:
         self._open = False
-        if exc_type is not None or not self._appends:
+        if exc_type is not None:
+            await cancel_shielded_checkpoint()
+            return
+        if not self._appends:
             await checkpoint()
             return
         self.results = tuple(await self._write(self._appends))

@@ -171,6 +171,11 @@ class ReadContract:
         assert seen == sorted(set(seen))
         assert len(seen) >= 4
 
+    async def test_a_long_stream_is_read_to_its_end(self, store: EventStore) -> None:
+        await append_numbers(store, 2_500)
+        assert numbers(await store.get_events("a", "Thing")) == list(range(2_500))
+        assert numbers(await read(store)) == list(range(2_500))
+
     async def test_two_readers_of_one_iterator_are_refused(self, store: EventStore) -> None:
         await append_numbers(store, 2)
         iterator = store.read_all()

@@ -47,7 +47,7 @@ class Scenario(Generic[TAggregate]):
     def __init__(self, aggregate: TAggregate, events: Sequence[DomainEvent]) -> None:
         for event in events:
             aggregate.apply(event)
-        aggregate.mark_committed(len(events))
+        aggregate.mark_committed(aggregate.uncommitted_events)
         self.aggregate = aggregate
 
     @overload

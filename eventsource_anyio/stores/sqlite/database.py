@@ -38,7 +38,7 @@ Synchronous: TypeAlias = Literal["FULL", "NORMAL"]
 Unit: TypeAlias = Sequence[Append]
 Outcome: TypeAlias = list[AppendResult] | EventSourceError
 Row: TypeAlias = tuple[
-    int, str, str | bytes, int, bytes, str, int, int, int | None, str | None, str
+    int, str, str | bytes, int, bytes, str, int, int, int | None, bytes | None, bytes
 ]
 
 _APPLICATION_ID = 0x65766E74  # "evnt"
@@ -63,6 +63,8 @@ _COLUMNS = (
     "position, aggregate_type, aggregate_id, version, event_id, event_type, schema_version, "
     "recorded_at, occurred_at, metadata, payload"
 )
+# As bytes, because one text that is not UTF-8 would fail the whole page.
+_SELECTED = _COLUMNS.replace("metadata, payload", "CAST(metadata AS BLOB), CAST(payload AS BLOB)")
 _ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 # Statements and how many values they take, for 64 rows, 8, and 1.
 _INSERTS = [
@@ -71,7 +73,7 @@ _INSERTS = [
 ]
 _VERSION = "SELECT max(version) FROM events WHERE aggregate_id = ? AND aggregate_type = ?"
 _LAST = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1"
-_BY_ID = f"SELECT {_COLUMNS} FROM events WHERE event_id = ?"  # noqa: S608  (a constant)
+_BY_ID = f"SELECT {_SELECTED} FROM events WHERE event_id = ?"  # noqa: S608  (a constant)
 _TYPES_BETWEEN = (
     "SELECT event_type FROM events WHERE aggregate_id = ? AND aggregate_type = ? "
     "AND version BETWEEN ? AND ? ORDER BY version"
@@ -332,7 +334,7 @@ def _select(
             values += names
     direction = "DESC" if request.backwards else "ASC"
     statement = (
-        f"SELECT {_COLUMNS} FROM events WHERE {' AND '.join(where)} "  # noqa: S608  (names of columns and marks only)
+        f"SELECT {_SELECTED} FROM events WHERE {' AND '.join(where)} "  # noqa: S608  (names of columns and marks only)
         f"ORDER BY {order} {direction} LIMIT ?"
     )
     return connection.execute(statement, (*values, min(request.limit, _LARGEST))).fetchall()

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ...errors import StoreClosedError
 from ...ids import AggregateId
@@ -76,7 +76,7 @@ class SQLiteEventStore(EventStore):
 
     async def _close(self) -> None:
         if self._state is None:
-            await checkpoint()
+            await cancel_shielded_checkpoint()
             return
         worker, _, signal = self._state
         self._state = None
