@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
-from uuid import UUID
 
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
@@ -36,7 +35,7 @@ class InMemoryEventStore(EventStore):
     def __init__(self) -> None:
         self._records: list[_Record] = []
         self._streams: dict[AggregateId, dict[str, list[int]]] = {}
-        self._positions: dict[UUID, int] = {}
+        self._positions: dict[int, int] = {}  # by the event id as a number, which hashes faster
         self._signal: AppendSignal | None = None
 
     async def _open(self) -> None:
@@ -79,9 +78,9 @@ class InMemoryEventStore(EventStore):
         stream = self._stream(aggregate_type, aggregate_id)
         records, positions = self._records, self._positions
         stored = {
-            encoded.event_id: self._decode(positions[encoded.event_id])
+            encoded.event_id: self._decode(positions[encoded.event_id.int])
             for encoded in append.events
-            if encoded.event_id in positions
+            if encoded.event_id.int in positions
         }
         if stored:
             return append.repeated(stored)
@@ -99,7 +98,7 @@ class InMemoryEventStore(EventStore):
         for offset, encoded in enumerate(append.events, 1):
             records.append((encoded, aggregate_id, aggregate_type, version + offset, now))
             stream.append(position + offset)
-            positions[encoded.event_id] = position + offset
+            positions[encoded.event_id.int] = position + offset
         return append.result(version + 1, position + 1, now)
 
     def _stream(self, aggregate_type: str, aggregate_id: AggregateId) -> list[int]:
@@ -110,7 +109,7 @@ class InMemoryEventStore(EventStore):
         while len(self._records) > last:
             encoded, aggregate_id, aggregate_type, _, _ = self._records.pop()
             self._streams[aggregate_id][aggregate_type].pop()
-            del self._positions[encoded.event_id]
+            del self._positions[encoded.event_id.int]
 
     def _decode(self, position: int) -> Read:
         encoded, aggregate_id, aggregate_type, version, recorded_at = self._records[position - 1]
