@@ -16,7 +16,7 @@ Guarantees of every store:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Final, Self, overload
@@ -277,7 +277,7 @@ class EventStore(ABC):
         """Let go of everything, shielded from cancellation; waiting readers are woken."""
 
     @abstractmethod
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    def _write(self, appends: Sequence[Append]) -> Awaitable[Sequence[AppendResult]]:
         """Store all of the appends or none, in order, durably.
 
         For each append: if `append.expects(version)` says no, or an event id is stored already,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -92,9 +92,9 @@ class SQLiteEventStore(EventStore):
 
         return await worker.read(look)
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    def _write(self, appends: Sequence[Append]) -> Awaitable[Sequence[AppendResult]]:
         worker, _, _ = self._opened()
-        return await worker.write(appends)
+        return worker.write(appends)
 
     async def _read(self, request: PageRequest) -> Page:
         worker, database, _ = self._opened()

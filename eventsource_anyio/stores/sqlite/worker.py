@@ -65,11 +65,6 @@ class _Job(Generic[T]):
         self.value: T | None = None
         self.error: BaseException | None = None
 
-    async def wait(self) -> None:
-        """Wait until it is settled; a locked database puts it into one batch after another."""
-        while not self.settled:
-            await self.batch.done.wait()
-
 
 class Worker:
     """Runs functions of a connection on its own thread, in batches.
@@ -139,7 +134,8 @@ class Worker:
     async def read(self, run: Callable[[Connection], T], cost: int = 1) -> T:
         job = self._submit(run, cost)
         try:
-            await job.wait()
+            while not job.settled:  # a locked database puts it into one batch after another
+                await job.batch.done.wait()
         finally:
             job.withdrawn = True
         return _outcome(job)
@@ -151,13 +147,15 @@ class Worker:
             unit, len(unit[0].events) if len(unit) == 1 else sum([len(one.events) for one in unit])
         )
         try:
-            await job.wait()
+            while not job.settled:
+                await job.batch.done.wait()
         except BaseException as error:
             job.withdrawn = True
             if not job.batch.handed_over:
                 raise
             with anyio.CancelScope(shield=True):
-                await job.wait()
+                while not job.settled:
+                    await job.batch.done.wait()
             cancelled = isinstance(error, anyio.get_cancelled_exc_class())
             scope_cancelled = anyio.current_effective_deadline() == -inf
             if job.error is not None or not (cancelled and scope_cancelled):
@@ -206,6 +204,7 @@ class Worker:
                 job.settled = True
         if locked:
             self._try_again(locked)
+        batch.jobs = []  # they know their batch; without the circle they need no garbage collector
         self._hand_over()
         batch.done.set()
 
