@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeAlias
@@ -16,13 +17,16 @@ from uuid import UUID
 
 import anyio
 import attrs
+import pytest
 from anyio.from_thread import start_blocking_portal
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
+    initialize,
     invariant,
+    multiple,
     rule,
     run_state_machine_as_test,
 )
@@ -43,6 +47,7 @@ from eventsource_anyio import (
     SQLiteEventStore,
     StoredEvent,
     Subscription,
+    Transaction,
 )
 from eventsource_anyio.testing.reading import forgotten
 from eventsource_anyio.testing.samples import Ended, Happened
@@ -70,21 +75,22 @@ expectations = st.sampled_from([ANY, NO_STREAM, STREAM_EXISTS, RIGHT, RIGHT, HUG
     0, 8
 )
 unknown_types = st.sampled_from([None, None, None, *TYPES])
-numbers = st.integers(0, 30) | st.just(HUGE)
-some_types = st.sampled_from([(), TYPES[:1], TYPES[1:], TYPES, ("unheard of",)])
+firsts = st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 20, HUGE])
+lasts = st.sampled_from([None, None, None, 0, 1, 4, 9, 20, HUGE])
+some_types = st.sampled_from([(), (), TYPES[:1], TYPES[1:], TYPES, ("unheard of",)])
 some_aggregate_types = st.sampled_from([(), (), ("Thing",), ("Other", "unheard of")])
 batch_sizes = st.sampled_from([1, 2, 3, 5, 500, HUGE])
 
 
 def options(**bounds: st.SearchStrategy[Any]) -> st.SearchStrategy[ReadOptions]:
-    possible = {
+    return st.builds(
+        ReadOptions,
         **bounds,
-        "backwards": st.booleans(),
-        "limit": st.none() | numbers,
-        "event_types": some_types,
-        "batch_size": batch_sizes,
-    }
-    return st.fixed_dictionaries({}, optional=possible).map(lambda given: ReadOptions(**given))
+        backwards=st.booleans(),
+        limit=lasts,
+        event_types=some_types,
+        batch_size=batch_sizes,
+    )
 
 
 @attrs.frozen
@@ -108,9 +114,9 @@ class Following:
 Operation: TypeAlias = Callable[..., Awaitable[object]]
 
 
-async def outcome(operation: Operation, store: EventStore, *arguments: Any) -> object:
+async def outcome(operation: Operation, *arguments: Any) -> object:
     try:
-        return comparable(await operation(store, *arguments))
+        return comparable(await operation(*arguments))
     except Exception as error:  # noqa: BLE001  (whatever it is, both raise it)
         return comparable(error)
 
@@ -137,16 +143,19 @@ def comparable(answer: object) -> object:
             return answer
 
 
-async def take(iterator: AsyncIterator[StoredEvent], count: int | None = None) -> list[object]:
+async def take(
+    iterator: AsyncIterator[StoredEvent], count: int | None = None
+) -> list[StoredEvent | EventDecodeError]:
     """The next events, and the errors in place of those that cannot be read."""
-    taken: list[object] = []
-    while count is None or len(taken) < count:
-        try:
-            taken.append(await anext(iterator))
-        except StopAsyncIteration:
-            break
-        except EventDecodeError as error:
-            taken.append(error)
+    taken: list[StoredEvent | EventDecodeError] = []
+    with anyio.fail_after(20):
+        while count is None or len(taken) < count:
+            try:
+                taken.append(await anext(iterator))
+            except StopAsyncIteration:
+                break
+            except EventDecodeError as error:
+                taken.append(error)
     return taken
 
 
@@ -175,8 +184,14 @@ class Stores(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         with self.stack:
+            for batch_size in (1, 2, 3):
+                following = self.follow(0, batch_size=batch_size)
+                for most in (1, 1, 2, None):
+                    self.take_what_is_new(following, most)
             self.reopen()
-            self.read_all(ReadOptions(), None)
+            for batch_size, backwards in product((1, 2, 3, 500), (False, True)):
+                options = ReadOptions(batch_size=batch_size, backwards=backwards)
+                self.both(lambda store, options=options: take(store.read_all(options)))
             self.close()
 
     def both(self, operation: Operation, unknown: str | None = None) -> Any:
@@ -209,6 +224,16 @@ class Stores(RuleBasedStateMachine):
         self.both(lambda store: store.append_events(*arguments), unknown)
 
     # Appending
+
+    @initialize(target=attempts, drafts=st.lists(drafts, min_size=3, max_size=5))
+    def append_something_to_begin_with(self, drafts: Sequence[Sequence[NewEvent]]) -> Any:
+        begun = [
+            Attempt(of, "Thing", self.new(events), ANY)
+            for of, events in zip("aaabb", drafts, strict=False)
+        ]
+        for attempt in begun:
+            self.append(attempt)
+        return multiple(*begun)
 
     @rule(target=attempts, of=aggregate_ids, kind=aggregate_types, drafts=drafts, at=expectations)
     def append_something_new(
@@ -262,35 +287,36 @@ class Stores(RuleBasedStateMachine):
             if data.draw(st.booleans()):
                 units.append([])
 
-        async def transact(
-            store: EventStore,
-            unit: Sequence[Attempt],
-            turn: anyio.Event | None = None,
-            next_turn: anyio.Event | None = None,
-        ) -> object:
-            async with store.transaction() as tx:
-                for one in unit:
-                    await tx.append_events(
-                        one.aggregate_id, one.aggregate_type, one.events, one.expected
-                    )
-                if turn and next_turn:
-                    await turn.wait()
-                    next_turn.set()  # after this one is in the queue, where it goes without a pause
+        async def begin(store: EventStore, unit: Sequence[Attempt]) -> Transaction:
+            tx = await store.transaction().__aenter__()
+            for one in unit:
+                await tx.append_events(
+                    one.aggregate_id, one.aggregate_type, one.events, one.expected
+                )
+            return tx
+
+        async def end(tx: Transaction, turn: anyio.Event, next_turn: anyio.Event) -> object:
+            await turn.wait()
+            next_turn.set()  # for after this one is in the queue, where it goes without a pause
+            await tx.__aexit__(None, None, None)
             return tx.results
 
         async def run() -> None:
             reference, sqlite = self.stores
-            expected = [await outcome(transact, reference, unit) for unit in units]
-            turns = [anyio.Event() for _ in range(len(units) + 1)]
+            now = anyio.Event()
+            now.set()
+            expected = [
+                await outcome(end, await begin(reference, unit), now, now) for unit in units
+            ]
+            begun = [await begin(sqlite, unit) for unit in units]
+            turns = [now, *(anyio.Event() for _ in units)]
             with anyio.fail_after(20):
                 async with anyio.create_task_group() as tasks:
-                    writing = [
-                        tasks.create_task(outcome(transact, sqlite, unit, *turns[nth : nth + 2]))
-                        for nth, unit in enumerate(units)
+                    ended = [
+                        tasks.create_task(outcome(end, tx, *turns[nth : nth + 2]))
+                        for nth, tx in enumerate(begun)
                     ]
-                    await anyio.wait_all_tasks_blocked()
-                    turns[0].set()
-            assert [one.return_value for one in writing] == expected
+            assert [one.return_value for one in ended] == expected
 
         self.call(run)
 
@@ -298,8 +324,8 @@ class Stores(RuleBasedStateMachine):
 
     @rule(
         options=options(
-            from_position=numbers,
-            to_position=st.none() | numbers,
+            from_position=firsts,
+            to_position=lasts,
             aggregate_types=some_aggregate_types,
         ),
         unknown=unknown_types,
@@ -308,24 +334,24 @@ class Stores(RuleBasedStateMachine):
         self.both(lambda store: take(store.read_all(options)), unknown)
 
     @rule(
-        of=aggregate_ids,
-        kind=aggregate_types,
-        options=options(from_version=numbers, to_version=st.none() | numbers),
+        attempt=attempts,
+        options=options(from_version=firsts, to_version=lasts),
         unknown=unknown_types,
     )
-    def read_stream(
-        self, of: UUID | str, kind: str, options: ReadOptions, unknown: str | None
-    ) -> None:
-        self.both(lambda store: take(store.read_stream(f"{kind}-{of}", options)), unknown)
+    def read_stream(self, attempt: Attempt, options: ReadOptions, unknown: str | None) -> None:
+        stream_id = f"{attempt.aggregate_type}-{attempt.aggregate_id}"
+        self.both(lambda store: take(store.read_stream(stream_id, options)), unknown)
 
     @rule(
-        of=aggregate_ids,
+        attempt=attempts,
         kind=st.none() | aggregate_types,
-        first=numbers,
+        first=firsts,
         unknown=unknown_types,
     )
-    def get_events(self, of: UUID | str, kind: str | None, first: int, unknown: str | None) -> None:
-        self.both(lambda store: store.get_events(of, kind, first), unknown)
+    def get_events(
+        self, attempt: Attempt, kind: str | None, first: int, unknown: str | None
+    ) -> None:
+        self.both(lambda store: store.get_events(attempt.aggregate_id, kind, first), unknown)
 
     @invariant()
     def they_end_at_the_same_position(self) -> None:
@@ -341,7 +367,7 @@ class Stores(RuleBasedStateMachine):
 
     @rule(
         target=followings,
-        after=st.integers(0, 30),
+        after=firsts.filter(lambda after: after != HUGE),
         event_types=some_types,
         aggregate_types=some_aggregate_types,
         batch_size=batch_sizes,
@@ -353,16 +379,19 @@ class Stores(RuleBasedStateMachine):
         return following
 
     @rule(following=followings, most=st.integers(1, 9), unknown=unknown_types)
-    def take_what_is_new(self, following: Following, most: int, unknown: str | None) -> None:
-        reference, sqlite = following.subscriptions
-        assert sqlite.position == reference.position
-        rest = attrs.evolve(following.options, from_position=reference.position + 1, limit=most)
-        expected = self.both(lambda store: take(store.read_all(rest)), unknown)
+    def take_what_is_new(
+        self, following: Following, most: int | None, unknown: str | None = None
+    ) -> None:
+        (after,) = {one.position for one in following.subscriptions}
+        rest = attrs.evolve(following.options, from_position=after + 1, limit=most)
+        expected = [one.position for one in self.both(lambda store: take(store.read_all(rest)))]
         with forgotten(unknown) if unknown else nullcontext():
-            for subscription in following.subscriptions:
-                found = comparable(self.call(take, subscription, len(expected)))
-                assert found == expected
-        assert sqlite.position == reference.position
+            reference, sqlite = [
+                self.call(take, one, len(expected)) for one in following.subscriptions
+            ]
+        assert comparable(sqlite) == comparable(reference)
+        # What is in them may have been read when its type was known, or when it was not.
+        assert [one.position for one in reference] == expected
 
     @rule()
     def reopen(self) -> None:
@@ -373,8 +402,9 @@ class Stores(RuleBasedStateMachine):
             following.subscriptions = self.subscribe(following.options, after)
 
 
+@pytest.mark.timeout(600)  # after a failure, Hypothesis looks for the shortest way to it
 def test_both_stores_answer_the_same(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     class StoresOnThisLoop(Stores):
         backend = anyio_backend
 
-    run_state_machine_as_test(StoresOnThisLoop, settings=settings(stateful_step_count=50))
+    run_state_machine_as_test(StoresOnThisLoop, settings=settings(stateful_step_count=40))

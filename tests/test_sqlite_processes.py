@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
@@ -22,7 +23,14 @@ import pytest
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from eventsource_anyio import ANY, NewEvent, SQLiteEventStore, StoreClosedError, StoredEvent
+from eventsource_anyio import (
+    ANY,
+    NO_STREAM,
+    NewEvent,
+    SQLiteEventStore,
+    StoreClosedError,
+    StoredEvent,
+)
 from eventsource_anyio.testing.samples import Happened, append_numbers, numbers
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
@@ -125,7 +133,6 @@ async def test_processes_neither_lose_nor_double_an_append(another: StartAnother
     counted = [stored for stored in events if stored.stream_id == "Counter-all"]
     assert numbers(counted) == list(range(1, len(names) * times + 1))
     shared = [stored for stored in events if stored.stream_id == "Thing-shared"]
-    assert shared[::2] != shared[1::2]
     assert [stored.event for stored in shared[::2]] == [stored.event for stored in shared[1::2]]
     for name in names:
         mine = [stored for stored in shared[::2] if notes([stored]) == [name]]
@@ -287,6 +294,39 @@ async def test_an_append_that_waits_for_another_process_can_be_cancelled_nativel
                 assert append.cancelled()
         await append_numbers(store, 1)
         assert await store.last_position() == 1
+
+
+async def test_appends_with_deadlines_between_locks_are_stored_if_and_only_if_they_return(
+    path: Path,
+):
+    random = Random(7)
+    done = threading.Event()
+    returned: set[str] = set()
+
+    def lock_again_and_again() -> None:
+        while not done.wait(random.choice((0, 0.01))):
+            with locked(path):
+                done.wait(random.choice((0, 0.01, 0.1)))
+
+    async def append(name: str, patience: float) -> None:
+        with anyio.move_on_after(patience):
+            await store.append_events(name, "Thing", [Happened(), Happened()], NO_STREAM)
+            returned.add(name)
+
+    async with SQLiteEventStore(path, synchronous="NORMAL") as store:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(anyio.to_thread.run_sync, lock_again_and_again)
+                async with anyio.create_task_group() as appends:
+                    for number in range(500):
+                        patience = random.choice((0, random.uniform(0, 0.01), 0.3, 60))
+                        appends.start_soon(append, str(number), patience)
+                        if number % 20 == 0:
+                            await store.last_position()
+                done.set()
+    events = await assert_whole(path)
+    assert Counter(stored.aggregate_id for stored in events) == dict.fromkeys(returned, 2)
+    assert 100 < len(returned) < 400
 
 
 async def test_a_store_that_waits_for_another_process_can_be_closed(path: Path):
