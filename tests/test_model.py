@@ -110,6 +110,12 @@ class Following:
     options: ReadOptions
     subscriptions: list[Subscription]
 
+    @property
+    def position(self) -> int:
+        reference, sqlite = self.subscriptions
+        assert sqlite.position == reference.position
+        return reference.position
+
 
 Operation: TypeAlias = Callable[..., Awaitable[object]]
 
@@ -382,8 +388,7 @@ class Stores(RuleBasedStateMachine):
     def take_what_is_new(
         self, following: Following, most: int | None, unknown: str | None = None
     ) -> None:
-        (after,) = {one.position for one in following.subscriptions}
-        rest = attrs.evolve(following.options, from_position=after + 1, limit=most)
+        rest = attrs.evolve(following.options, from_position=following.position + 1, limit=most)
         expected = [one.position for one in self.both(lambda store: take(store.read_all(rest)))]
         with forgotten(unknown) if unknown else nullcontext():
             reference, sqlite = [
@@ -398,8 +403,7 @@ class Stores(RuleBasedStateMachine):
         self.close()
         self.open()
         for following in self.all_followings:
-            (after,) = {one.position for one in following.subscriptions}
-            following.subscriptions = self.subscribe(following.options, after)
+            following.subscriptions = self.subscribe(following.options, following.position)
 
 
 @pytest.mark.timeout(600)  # after a failure, Hypothesis looks for the shortest way to it

@@ -40,7 +40,7 @@ from eventsource_anyio.testing.samples import Ended, Happened, append_numbers, n
 connect = sqlite3.connect
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
-LOOK = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1"
+LOOK = database._LAST
 
 
 class Watched:
@@ -104,10 +104,10 @@ async def read(store: SQLiteEventStore) -> list[StoredEvent]:
     return [stored async for stored in store.read_all()]
 
 
-def insert_rows(path: Path, first: int, count: int, event_type: str = Ended.event_type) -> None:
+def insert_rows(path: Path, first: int, count: int) -> None:
     """Events as another process stores them, but quicker."""
     rows = [
-        (number, number, UUID(int=number).bytes, event_type)
+        (number, number, UUID(int=number).bytes, Ended.event_type)
         for number in range(first, first + count)
     ]
     connection = connect(path)
