@@ -163,8 +163,9 @@ class EventStore(ABC):
         original result, whatever the expected version.
 
         Cancelled while it waits for its turn, nothing was stored. Once it is being written it is
-        finished first; if the cancellation was on its way already it may be stored and still raise
-        the cancellation, so a repeat with the same event ids is the way to find out.
+        finished first, and if it was stored its result is returned; the cancelled scope raises at
+        the next checkpoint. asyncio's own `Task.cancel()` cannot be put off like that: it is raised
+        though the events may be stored, and a repeat with the same event ids finds out.
 
         Raises:
             ConcurrencyError: the stream is at another version.
