@@ -1,17 +1,20 @@
 """Fixtures for the tests of applications, loaded by pytest wherever this package is installed.
 
-They work with anyio's plugin: each is open on the loop that the test runs on.
+They work with anyio's plugin: each store is open on the loop that the test runs on.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from ..stores.in_memory import InMemoryEventStore
 from ..stores.sqlite import SQLiteEventStore
+from . import postgresql
 
 
 @pytest.fixture
@@ -28,3 +31,28 @@ async def sqlite_event_store(
     """An empty, open SQLite store in the test's temporary directory."""
     async with SQLiteEventStore(tmp_path / "events.db") as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[postgresql.PostgreSQLDatabases]:
+    """A PostgreSQL server for all tests: see `eventsource_anyio.testing.postgresql`.
+
+    Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
+    fail.
+    """
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(postgresql.postgresql_server())
+        except postgresql.PostgreSQLUnavailableError as error:
+            if os.environ.get("CI"):
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))
+        yield server
+
+
+@pytest.fixture
+def postgresql_dsn(postgresql_server: postgresql.PostgreSQLDatabases) -> Iterator[str]:
+    """The DSN of an empty PostgreSQL database, which is dropped after the test."""
+    dsn = postgresql_server.create_database()
+    yield dsn
+    postgresql_server.drop_database(dsn)
