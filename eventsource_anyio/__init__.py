@@ -6,6 +6,7 @@ from .aggregates.root import AggregateRoot, applies
 from .bus.interface import EventBus
 from .errors import (
     AggregateNotFoundError,
+    CheckpointConflictError,
     ConcurrencyError,
     DuplicateEventError,
     EventDecodeError,
@@ -18,6 +19,8 @@ from .errors import (
 from .events import DomainEvent, NewEvent, StoredEvent, caused_by, upcaster
 from .ids import AggregateId
 from .metadata import event_metadata
+from .repositories.checkpoint import CheckpointRepository
+from .repositories.outbox import OutboxMessage, OutboxRepository
 from .stores.in_memory import InMemoryEventStore
 from .stores.interface import (
     ANY,
@@ -42,6 +45,8 @@ __all__ = [
     "AggregateRepository",
     "AggregateRoot",
     "AppendResult",
+    "CheckpointConflictError",
+    "CheckpointRepository",
     "ConcurrencyError",
     "Decider",
     "DeciderAggregate",
@@ -56,6 +61,8 @@ __all__ = [
     "EventStream",
     "InMemoryEventStore",
     "NewEvent",
+    "OutboxMessage",
+    "OutboxRepository",
     "ReadOptions",
     "SQLiteEventStore",
     "StorageError",

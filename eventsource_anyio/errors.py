@@ -113,6 +113,28 @@ class ConcurrencyError(EventSourceError):
         self.actual = actual
 
 
+class CheckpointConflictError(EventSourceError):
+    """The checkpoint is not where it was expected, so nothing of this call was stored.
+
+    `expected` and `actual` are positions; 0 means that it was never saved.
+    """
+
+    def __init__(self, name: str, expected: int, actual: int) -> None:
+        why = (
+            "Another reader of this name saved it meanwhile"
+            if actual
+            else "It was never saved, or it was set back"
+        )
+        super().__init__(
+            f"Checkpoint {name!r} is at {actual}, expected {expected}.\n"
+            f"  {why}; nothing of this call was stored.\n"
+            "  Get it again and go on from there; without `expected` it is set wherever it is."
+        )
+        self.name = name
+        self.expected = expected
+        self.actual = actual
+
+
 class DuplicateEventError(EventSourceError):
     """An event id is in the store already, with another stream or payload; nothing was stored."""
 

@@ -45,8 +45,11 @@ def uuid_of(data: bytes) -> UUID:
     return convert(data, UUID)
 
 
-def _check(what: str, value: object) -> str:
-    """The value as a plain string, as which it will come back, if it was a member of an enum."""
+def check_name(what: str, value: object) -> str:
+    """The value as a plain string, as which it will come back, if it was a member of an enum.
+
+    `ValueError` or `TypeError` if it is not a text that every database stores, and finds again.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a string, not {type(value).__name__}: {value!r}")
     if not value or len(value) > _LONGEST:
@@ -73,7 +76,7 @@ def normalize_aggregate_id(aggregate_id: AggregateId) -> AggregateId:
             f"aggregate_id must be a UUID or a string, not {type(aggregate_id).__name__}: "
             f"{aggregate_id!r}. Convert it, such as str({aggregate_id!r})."
         )
-    aggregate_id = _check("aggregate_id", aggregate_id)
+    aggregate_id = check_name("aggregate_id", aggregate_id)
     if len(aggregate_id) == 36 and aggregate_id[8] == "-":
         try:
             parsed = UUID(aggregate_id)
@@ -87,7 +90,7 @@ def normalize_aggregate_id(aggregate_id: AggregateId) -> AggregateId:
 @lru_cache(maxsize=1024)
 def check_aggregate_type(aggregate_type: str) -> str:
     """It as a plain string; `ValueError` or `TypeError` if it cannot be an aggregate type."""
-    aggregate_type = _check("aggregate_type", aggregate_type)
+    aggregate_type = check_name("aggregate_type", aggregate_type)
     if "-" in aggregate_type:
         raise ValueError(
             f"aggregate_type {aggregate_type!r} holds a '-', which ends the type in a stream id. "

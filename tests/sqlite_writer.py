@@ -19,9 +19,11 @@ import anyio
 from eventsource_anyio import (
     ANY,
     AppendResult,
+    CheckpointConflictError,
     ConcurrencyError,
     EventStore,
     NewEvent,
+    OutboxMessage,
     SQLiteEventStore,
 )
 from eventsource_anyio.testing.samples import Happened, numbers
@@ -68,6 +70,24 @@ async def counted(store: EventStore) -> bool:
     return True
 
 
+async def hand_over(path: str, name: str, times: str) -> None:
+    """Count a shared checkpoint up, with an event and a message each time, among others that do."""
+    won = 0
+    async with SQLiteEventStore(path, synchronous="NORMAL") as store:
+        say("ready")
+        await told()
+        while won < int(times):
+            position = await store.checkpoints.get("shared")
+            try:
+                async with store.transaction() as tx:
+                    await tx.append_events(name, "Thing", [Happened(position + 1)], ANY)
+                    await tx.outbox.add(OutboxMessage(name, str(position + 1).encode()))
+                    await tx.checkpoints.save("shared", position + 1, expected=position)
+            except CheckpointConflictError:
+                continue
+            won += 1
+
+
 async def load(path: str, synchronous: str) -> None:
     """Write for ever, and say what was acknowledged: a line for every append or transaction."""
     async with SQLiteEventStore(path, synchronous=synchronous) as store:  # type: ignore[arg-type]
@@ -89,6 +109,7 @@ async def load_transactions(store: EventStore, own: str) -> None:
         events = a_unit(randint(2, 6))
         async with store.transaction() as tx:
             await tx.append_events("shared", "Thing", events[:1], ANY)
+            await tx.outbox.add(OutboxMessage("t", b"", message_id=events[1].event_id))
             await tx.append_events(own, "Other", events[1:], ANY)
         acknowledge(*tx.results)
 
@@ -115,5 +136,5 @@ async def open_files() -> None:
 if __name__ == "__main__":
     mode, backend, options, *arguments = sys.argv[1:]
     modes: dict[str, Callable[..., Awaitable[None]]]
-    modes = {"append": append, "load": load, "open_files": open_files}
+    modes = {"append": append, "hand_over": hand_over, "load": load, "open_files": open_files}
     anyio.run(modes[mode], *arguments, backend=backend, backend_options=json.loads(options))

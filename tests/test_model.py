@@ -43,12 +43,14 @@ from eventsource_anyio import (
     EventStream,
     InMemoryEventStore,
     NewEvent,
+    OutboxMessage,
     ReadOptions,
     SQLiteEventStore,
     StoredEvent,
     Subscription,
     Transaction,
 )
+from eventsource_anyio.stores.interface import StoredMessage
 from eventsource_anyio.testing.reading import forgotten
 from eventsource_anyio.testing.samples import Ended, Happened
 
@@ -103,6 +105,50 @@ class Attempt:
     expected: Any
 
 
+@attrs.frozen
+class Save:
+    """A checkpoint to save, in a store or in a transaction."""
+
+    name: str
+    position: int
+    expected: int | None
+
+    async def __call__(self, target: EventStore | Transaction) -> None:
+        await target.checkpoints.save(self.name, self.position, expected=self.expected)
+
+
+@attrs.frozen
+class Add:
+    messages: Sequence[OutboxMessage]
+
+    async def __call__(self, target: EventStore | Transaction) -> None:
+        await target.outbox.add(*self.messages)
+
+
+@attrs.frozen
+class Delivered:
+    message_ids: Sequence[UUID]
+
+    async def __call__(self, target: EventStore | Transaction) -> None:
+        await target.outbox.delivered(self.message_ids)
+
+
+NAMES = ("one", "two")
+message_ids = st.integers(1, 5).map(lambda number: UUID(int=number))
+messages = st.builds(
+    OutboxMessage,
+    st.sampled_from(["t", "ü"]),
+    st.binary(max_size=2),
+    metadata=st.sampled_from([{}, {"user": "ann"}]),
+    message_id=message_ids,
+)
+asides = (
+    st.builds(Save, st.sampled_from(NAMES), st.integers(0, 3), st.none() | st.integers(0, 3))
+    | st.builds(Add, st.lists(messages, max_size=3))
+    | st.builds(Delivered, st.lists(message_ids, max_size=3))
+)
+
+
 @attrs.define
 class Following:
     """A subscription to each store."""
@@ -135,6 +181,8 @@ def comparable(answer: object) -> object:
             assert occurred_at == given
             moment = occurred_at if occurred_at != recorded_at else SOME_DAY.replace(year=1970)
             return replace(answer, recorded_at=SOME_DAY, occurred_at=moment)
+        case StoredMessage():
+            return answer.message  # positions have gaps, in SQLite where an id was there already
         case AppendResult():
             return (answer.version, answer.position, comparable(answer.events))
         case EventStream():
@@ -276,29 +324,40 @@ class Stores(RuleBasedStateMachine):
     @rule(
         new=st.lists(st.tuples(aggregate_ids, aggregate_types, drafts), max_size=8),
         again=st.lists(attempts, max_size=4),
+        asides=st.lists(asides, max_size=6),
         data=st.data(),
     )
     def write_in_transactions_that_end_at_once(
         self,
         new: Sequence[tuple[UUID | str, str, Sequence[NewEvent]]],
         again: Sequence[Attempt],
+        asides: Sequence[Save | Add | Delivered],
         data: st.DataObject,
     ) -> None:
         """One after another in the reference; together, and in the same order, in SQLite."""
         appends = [Attempt(of, kind, self.new(events), ANY) for of, kind, events in new]
-        units: list[list[Attempt]] = [[]]
-        for append in data.draw(st.permutations([*appends, *again])):
-            expected = data.draw(st.just(ANY) | expectations.filter(lambda one: one is not RIGHT))
-            units[-1].append(attrs.evolve(append, expected=expected))
+        units: list[list[Attempt | Save | Add | Delivered]] = [[]]
+        for step in data.draw(st.permutations([*appends, *again, *asides])):
+            if isinstance(step, Attempt):
+                expected = data.draw(
+                    st.just(ANY) | expectations.filter(lambda one: one is not RIGHT)
+                )
+                step = attrs.evolve(step, expected=expected)
+            units[-1].append(step)
             if data.draw(st.booleans()):
                 units.append([])
 
-        async def begin(store: EventStore, unit: Sequence[Attempt]) -> Transaction:
+        async def begin(
+            store: EventStore, unit: Sequence[Attempt | Save | Add | Delivered]
+        ) -> Transaction:
             tx = await store.transaction().__aenter__()
             for one in unit:
-                await tx.append_events(
-                    one.aggregate_id, one.aggregate_type, one.events, one.expected
-                )
+                if isinstance(one, Attempt):
+                    await tx.append_events(
+                        one.aggregate_id, one.aggregate_type, one.events, one.expected
+                    )
+                else:
+                    await one(tx)
             return tx
 
         async def end(tx: Transaction, turn: anyio.Event, next_turn: anyio.Event) -> object:
@@ -325,6 +384,24 @@ class Stores(RuleBasedStateMachine):
             assert [one.return_value for one in ended] == expected
 
         self.call(run)
+
+    # Beside the events
+
+    @rule(aside=asides)
+    def write_something_else(self, aside: Save | Add | Delivered) -> None:
+        self.both(aside)
+
+    @rule(limit=st.sampled_from([1, 2, HUGE]))
+    def read_the_outbox(self, limit: int) -> None:
+        self.both(lambda store: store.outbox.pending(limit))
+
+    @invariant()
+    def they_have_the_same_checkpoints_and_messages(self) -> None:
+        async def look(store: EventStore) -> object:
+            found = [await store.checkpoints.get(name) for name in NAMES]
+            return [*found, *await store.outbox.pending()]
+
+        self.both(look)
 
     # Reading
 

@@ -35,6 +35,7 @@ from eventsource_anyio.testing.samples import Happened, append_numbers, numbers
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
 SCRIPT = Path(__file__).with_name("sqlite_writer.py")
+VERSION_1 = Path(__file__).with_name("sqlite_version_1.sql").read_text(encoding="utf-8")
 
 
 class Another:
@@ -139,6 +140,29 @@ async def test_processes_neither_lose_nor_double_an_append(another: StartAnother
         assert numbers(mine) == list(range(times))
 
 
+async def test_of_processes_that_save_a_checkpoint_one_wins_each_time(
+    another: StartAnother, path: Path
+):
+    names, times = ("one", "two", "three"), 40
+    with anyio.fail_after(60):
+        async with AsyncExitStack() as stack:
+            start = stack.enter_async_context
+            writers = [await start(another("hand_over", path, name, times)) for name in names]
+            for writer in writers:
+                assert await writer.said() == "ready"
+            for writer in writers:
+                await writer.tell("go")
+            for writer in writers:
+                assert await writer.process.wait() == 0
+    events = await assert_whole(path)
+    assert numbers(events) == list(range(1, len(names) * times + 1))
+    async with SQLiteEventStore(path) as store:
+        assert await store.checkpoints.get("shared") == len(events)
+        told = [one.message for one in await store.outbox.pending(1000)]
+    expected = [(one.aggregate_id, b"%d" % one.position) for one in events]
+    assert [(one.topic, one.payload) for one in told] == expected
+
+
 async def test_a_subscriber_sees_what_every_process_appends_once_and_in_order(
     another: StartAnother, path: Path
 ):
@@ -183,20 +207,30 @@ async def test_a_subscriber_is_woken_by_another_process_alone(another: StartAnot
     assert sorted(numbers(seen)) == [0, 0, 1]
 
 
-async def test_processes_that_open_a_new_file_together_make_one_schema(
-    another: StartAnother, tmp_path: Path
+@pytest.mark.parametrize("events_before", [0, 2])
+async def test_processes_that_open_a_file_together_make_one_schema(
+    another: StartAnother, tmp_path: Path, events_before: int
 ):
+    """A new file, or one that version 1 has made."""
     async with another("open_files") as one, another("open_files") as two:
         for nth in range(40):
             path = tmp_path / f"{nth}.db"
+            if events_before:
+                connection = sqlite3.connect(path)
+                connection.executescript(VERSION_1)
+                connection.close()
             for process in (one, two):
                 await process.tell(str(path))
             with anyio.fail_after(20):
                 assert (await one.said(), await two.said()) == ("done", "done")
             connection = sqlite3.connect(path)
             tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            assert tables.fetchall() == [("events",)]
-            assert connection.execute("SELECT count(*) FROM events").fetchone() == (2,)
+            assert sorted(name for (name,) in tables) == [
+                *("checkpoints", "events", "outbox", "sqlite_sequence")
+            ]
+            assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+            found = connection.execute("SELECT count(*) FROM events").fetchone()
+            assert found == (events_before + 2,)
             connection.close()
 
 
@@ -226,6 +260,10 @@ async def test_a_killed_process_has_stored_what_it_acknowledged_and_nothing_by_h
         assert acknowledged.items() <= stored.items()
         for unit, count in Counter(notes(events)).items():
             assert unit.endswith(f" {count}")
+        async with SQLiteEventStore(path) as store:
+            messages = {one.message.message_id for one in await store.outbox.pending(10**6)}
+        of_transactions = [one for one in events if one.aggregate_type == "Other"]
+        assert messages == {one.event_id for one in of_transactions if numbers([one]) == [1]}
 
 
 # -- in the way -------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from eventsource_anyio import (
     DuplicateEventError,
     EventSourceError,
     NewEvent,
+    OutboxMessage,
     ReadOptions,
     SQLiteEventStore,
     StorageError,
@@ -41,6 +42,7 @@ connect = sqlite3.connect
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
 LOOK = database._LAST
+VERSION_1 = Path(__file__).with_name("sqlite_version_1.sql")
 
 
 class Watched:
@@ -102,6 +104,19 @@ def content(directory: Path) -> dict[str, bytes]:
 
 async def read(store: SQLiteEventStore) -> list[StoredEvent]:
     return [stored async for stored in store.read_all()]
+
+
+def make_version_1(path: Path) -> None:
+    connection = connect(path)
+    connection.executescript(VERSION_1.read_text(encoding="utf-8"))
+    connection.close()
+
+
+def execute(path: Path, statement: str) -> list[tuple[object, ...]]:
+    connection = connect(path)
+    found = connection.execute(statement).fetchall()
+    connection.close()
+    return found
 
 
 def insert_rows(path: Path, first: int, count: int) -> None:
@@ -179,6 +194,15 @@ async def test_the_file_of_another_program_is_refused_and_left_alone(path: Path)
     assert content(path.parent) == before
 
 
+async def test_an_empty_file_may_have_been_numbered_by_another_program(path: Path):
+    connection = connect(path)
+    connection.execute("PRAGMA user_version = 7")
+    connection.close()
+    async with SQLiteEventStore(path) as store:
+        await append_numbers(store, 1)
+    assert execute(path, "PRAGMA user_version") == [(2,)]
+
+
 async def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path):
     async with SQLiteEventStore(path) as store:
         await append_numbers(store, 1)
@@ -190,6 +214,54 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path):
         async with SQLiteEventStore(path):
             pass
     assert content(path.parent) == before
+
+
+async def test_a_file_of_version_1_is_upgraded_when_it_is_opened(path: Path):
+    make_version_1(path)
+    for opened in (1, 2):
+        async with SQLiteEventStore(path) as store:
+            first, second = (await read(store))[:2]
+            assert (first.event, first.event_id) == (Happened(7, "old"), UUID(int=1))
+            assert (first.metadata, second.version) == ({"user": "ann"}, 2)
+            assert await store.checkpoints.get("reader") == opened - 1
+            async with store.transaction() as tx:
+                await tx.append_events("a", "Thing", [Ended()], 1 + opened)
+                await tx.checkpoints.save("reader", opened, expected=opened - 1)
+                await tx.outbox.add(OutboxMessage("t", b""))
+            assert len(await store.outbox.pending()) == opened
+            assert await store.last_position() == 2 + opened
+        assert execute(path, "PRAGMA user_version") == [(2,)]
+
+
+async def test_an_upgraded_file_is_as_one_that_was_made_so(tmp_path: Path):
+    schemas: list[list[tuple[object, ...]]] = []
+    for name in ("old.db", "new.db"):
+        if name == "old.db":
+            make_version_1(tmp_path / name)
+        async with SQLiteEventStore(tmp_path / name):
+            pass
+        found = execute(tmp_path / name, "SELECT type, name, sql FROM sqlite_master")
+        schemas.append(
+            sorted((kind, name, " ".join(str(sql).split())) for kind, name, sql in found)
+        )
+    assert schemas[0] == schemas[1]
+    assert ("table", "outbox") in [one[:2] for one in schemas[0]]
+
+
+async def test_an_upgrade_that_fails_has_changed_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_version_1(path)
+    monkeypatch.setattr(database, "_SCHEMA", (*database._SCHEMA, ("CREATE TABLE events (x)",)))
+    with pytest.raises(StorageError, match="events already exists"):
+        async with SQLiteEventStore(path):
+            pass
+    assert execute(path, "PRAGMA user_version") == [(1,)]
+    assert execute(path, "SELECT name FROM sqlite_master WHERE type = 'table'") == [("events",)]
+    monkeypatch.undo()
+    async with SQLiteEventStore(path) as store:
+        assert await store.last_position() == 2
+        assert await store.outbox.pending() == []
 
 
 def text(path: Path) -> Path:
@@ -256,8 +328,9 @@ def test_what_is_no_file_and_no_setting_is_refused():
             SQLiteEventStore(refused, **settings)
 
 
+@pytest.mark.parametrize("before", [None, make_version_1])
 async def test_another_process_may_make_the_file_at_any_moment_of_its_opening(
-    tmp_path: Path, watched: Watched
+    tmp_path: Path, watched: Watched, before: Callable[[Path], None] | None
 ):
     """Before the nth statement of its opening, for every n, until there is no nth."""
 
@@ -271,10 +344,15 @@ async def test_another_process_may_make_the_file_at_any_moment_of_its_opening(
                 with suppress(sqlite3.OperationalError):  # it is locked already
                     database.SQLiteDatabase(path, "NORMAL").connect().close()
 
+        if before:
+            before(path)
         watched.on_statement = make_it_first
         async with SQLiteEventStore(path, synchronous="NORMAL") as store:
             watched.on_statement = lambda _: None
             await append_numbers(store, 1)
+            await store.checkpoints.save("reader", 1, expected=0)
+            assert await store.last_position() == (3 if before else 1)
+        assert execute(path, "PRAGMA user_version") == [(2,)]
         return left <= 0
 
     nth = 1

@@ -24,7 +24,16 @@ from eventsource_anyio import (
     StoredEvent,
     applies,
 )
-from eventsource_anyio.stores.interface import Append, Page, PageRequest
+from eventsource_anyio.repositories.outbox import OutboxStep
+from eventsource_anyio.stores.interface import (
+    AddMessages,
+    Append,
+    Page,
+    PageRequest,
+    RemoveMessages,
+    SaveCheckpoint,
+    Step,
+)
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
 
 
@@ -249,9 +258,9 @@ class UnusualStore(InMemoryEventStore):
             return Page((), request.start, at_end=False)
         return await super()._read(replace(request, limit=min(request.limit, 2)))
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         await checkpoint()
-        return await super()._write(appends)
+        return await super()._write(steps)
 
 
 class ForgetsTheVersion(InMemoryEventStore):
@@ -271,13 +280,15 @@ class KeepsHalf(InMemoryEventStore):
 class StopsHalfWay(InMemoryEventStore):
     """It can be cancelled between two events of one append."""
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         results: list[AppendResult] = []
-        for append in appends:
-            for event in append.events[:-1]:
-                await super()._write([replace(append, events=[event])])
-                append = replace(append, expected_version=ANY)
-            results.extend(await super()._write([replace(append, events=append.events[-1:])]))
+        for step in steps:
+            if isinstance(step, Append):
+                for event in step.events[:-1]:
+                    await super()._write([replace(step, events=[event])])
+                    step = replace(step, expected_version=ANY)
+                step = replace(step, events=step.events[-1:])
+            results.extend(await super()._write([step]))
         return results
 
 
@@ -335,9 +346,9 @@ class ConsumesWhenCancelled(InMemoryEventStore):
 class RaisesGroups(InMemoryEventStore):
     """It runs a task group around the work."""
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         async with anyio.create_task_group():
-            return await super()._write(appends)
+            return await super()._write(steps)
         raise AssertionError("a task group never swallows")
 
 
@@ -355,11 +366,71 @@ class FailsByPage(InMemoryEventStore):
 class NeverPauses(InMemoryEventStore):
     """It appends without a checkpoint."""
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         signal = self._opened()
-        results = [self._append(append) for append in appends]
+        results = [self._append(step) for step in steps if isinstance(step, Append)]
         signal.advance(len(self._records))
         return results
+
+
+class ForgetsTheCheckpoint(InMemoryEventStore):
+    """It saves a checkpoint, wherever it was expected."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        return await super()._write(
+            [
+                replace(one, expected=None) if isinstance(one, SaveCheckpoint) else one
+                for one in steps
+            ]
+        )
+
+
+class ComparesTooEarly(InMemoryEventStore):
+    """Somebody else may save a checkpoint between the comparison and the saving of it."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        for step in steps:
+            if isinstance(step, SaveCheckpoint):
+                step.check(await self._checkpoint(step.name))
+        await checkpoint()
+        return await super()._write(
+            [
+                replace(one, expected=None) if isinstance(one, SaveCheckpoint) else one
+                for one in steps
+            ]
+        )
+
+
+class WritesOneAfterAnother(InMemoryEventStore):
+    """A step that fails leaves those before it stored."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        return [result for step in steps for result in await super()._write([step])]
+
+
+class WritesEventsOnly(InMemoryEventStore):
+    """It knows nothing of checkpoints and messages."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        return await super()._write([step for step in steps if isinstance(step, Append)])
+
+
+class TakesMessagesTwice(InMemoryEventStore):
+    """A message that is pending already takes another place."""
+
+    def _change_outbox(self, step: OutboxStep) -> None:
+        if isinstance(step, AddMessages):
+            super()._change_outbox(RemoveMessages([one.message_id for one in step.messages]))
+        super()._change_outbox(step)
+
+
+class StartsAgain(InMemoryEventStore):
+    """The outbox counts from 1 whenever it is empty."""
+
+    def _change_outbox(self, step: OutboxStep) -> None:
+        if not self._outbox:
+            self._messages = 0
+        super()._change_outbox(step)
 
 
 class StaysOpen(InMemoryEventStore):
@@ -446,7 +517,17 @@ def test_the_contract_holds_for_a_store_that_is_right(contract, store_class):
         (FailsByPage, "test_an_event_that_cannot_be_read_costs_only_itself"),
         (FailsByPage, "test_an_event_that_cannot_be_read_does_not_end_it"),
         (NeverPauses, "test_a_cancelled_append_is_whole_or_not_there"),
+        (NeverPauses, "test_every_call_is_a_checkpoint"),
+        (ForgetsTheCheckpoint, "test_a_checkpoint_is_saved_only_where_it_is_expected"),
+        (ForgetsTheCheckpoint, "test_one_of_many_wins_at_an_expected_checkpoint"),
+        (ComparesTooEarly, "test_one_of_many_wins_at_an_expected_checkpoint"),
+        (WritesOneAfterAnother, "test_a_conflict_takes_everything_of_a_transaction_back"),
+        (WritesOneAfterAnother, "test_a_cancelled_transaction_of_everything_is_whole_or_not_there"),
+        (WritesEventsOnly, "test_a_transaction_stores_everything_at_its_end"),
+        (TakesMessagesTwice, "test_adding_the_same_message_again_changes_nothing"),
+        (StartsAgain, "test_positions_of_the_outbox_grow_for_ever"),
         (StaysOpen, "test_a_closed_store_says_so"),
+        (StaysOpen, "test_the_repositories_of_a_closed_store_say_so"),
     ],
 )
 def test_the_contract_finds_out_a_store_that_is_wrong(contract, store_class, test):

@@ -18,6 +18,7 @@ from eventsource_anyio import (
     AggregateRepository,
     AggregateRoot,
     AppendResult,
+    CheckpointRepository,
     Decider,
     DeciderAggregate,
     DomainEvent,
@@ -25,6 +26,8 @@ from eventsource_anyio import (
     EventStream,
     InMemoryEventStore,
     NewEvent,
+    OutboxMessage,
+    OutboxRepository,
     ReadOptions,
     SQLiteEventStore,
     StoredEvent,
@@ -125,9 +128,28 @@ async def of_a_store(store: EventStore) -> None:
         assert_type(await anext(subscription), StoredEvent)
     async with store.transaction() as transaction:
         assert_type(transaction, Transaction)
+        assert_type(transaction.checkpoints, CheckpointRepository)
+        assert_type(transaction.outbox, OutboxRepository)
     await store.append_events("t", "Tank", [5], ANY)  # type: ignore[list-item]
     await store.append_events("t", "Tank", [Filled(5)])  # type: ignore[call-arg]
     await store.append_events("t", "Tank", [Filled(5)], "ANY")  # type: ignore[arg-type]
+
+
+async def of_repositories(store: EventStore) -> None:
+    assert_type(store.checkpoints, CheckpointRepository)
+    assert_type(await store.checkpoints.get("reader"), int)
+    await store.checkpoints.save("reader", 7, expected=5)
+    await store.checkpoints.save("reader", 7, 5)  # type: ignore[call-arg]
+    await store.checkpoints.save("reader", "7")  # type: ignore[arg-type]
+    assert_type(store.outbox, OutboxRepository)
+    for stored in await store.outbox.pending(10):
+        assert_type(stored.message, OutboxMessage)
+        assert_type(stored.message.payload, bytes)
+        await store.outbox.delivered([stored.message.message_id])
+    await store.outbox.add(OutboxMessage("topic", b"", key="k", metadata={"user": "ann"}))
+    await store.outbox.add(OutboxMessage("topic", "text"))  # type: ignore[arg-type]
+    await store.outbox.add("text")  # type: ignore[arg-type]
+    await store.outbox.delivered(["7"])  # type: ignore[list-item]
 
 
 async def of_opening() -> None:

@@ -3,6 +3,7 @@
 Invariants:
 - `_records[position - 1]` is the record at a position; positions have no gaps.
 - `_write` changes everything between two checkpoints, so no reader sees half of an append.
+- `_outbox` is in the order of positions, because a position is given out when it is added to.
 - It keeps what was encoded, and decodes at every read, as a database would: what a database would
   refuse, or would not give back the same, is refused here too.
 """
@@ -11,15 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TypeAlias
+from uuid import UUID
 
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from ..errors import StoreClosedError
 from ..ids import AggregateId
+from ..repositories.checkpoint import SaveCheckpoint
+from ..repositories.outbox import (
+    AddMessages,
+    EncodedMessage,
+    OutboxStep,
+    StoredMessage,
+    decode_message,
+)
 from .interface import EventStore
 from .reading import Page, PageRequest
-from .records import Append, AppendResult, EncodedEvent, Read, decode_stored
+from .records import Append, AppendResult, EncodedEvent, Read, Step, decode_stored
 from .signal import AppendSignal
 
 _Record: TypeAlias = tuple[EncodedEvent, AggregateId, str, int, datetime]
@@ -36,6 +47,9 @@ class InMemoryEventStore(EventStore):
         self._records: list[_Record] = []
         self._streams: dict[AggregateId, dict[str, list[int]]] = {}
         self._positions: dict[int, int] = {}  # by the event id as a number, which hashes faster
+        self._checkpoints: dict[str, int] = {}
+        self._outbox: dict[UUID, tuple[EncodedMessage, int, datetime]] = {}
+        self._messages = 0
         self._signal: AppendSignal | None = None
 
     async def _open(self) -> None:
@@ -61,17 +75,42 @@ class InMemoryEventStore(EventStore):
         self._opened()
         return len(self._records)
 
-    async def _write(self, appends: Sequence[Append]) -> Sequence[AppendResult]:
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         await checkpoint()
         signal = self._opened()
         before = len(self._records)
+        results: list[AppendResult] = []
+        saved: dict[str, int] = {}
+        messages: list[OutboxStep] = []
         try:
-            results = [self._append(append) for append in appends]
+            for step in steps:
+                if isinstance(step, Append):
+                    results.append(self._append(step))
+                elif isinstance(step, SaveCheckpoint):
+                    step.check(saved.get(step.name, self._checkpoints.get(step.name, 0)))
+                    saved[step.name] = step.position
+                else:
+                    messages.append(step)
         except BaseException:
             self._forget(before)
             raise
+        # None of these can fail, so they come when all that can has not.
+        self._checkpoints.update(saved)
+        for step in messages:
+            self._change_outbox(step)
         signal.advance(len(self._records))
         return results
+
+    def _change_outbox(self, step: OutboxStep) -> None:
+        if isinstance(step, AddMessages):
+            now = datetime.now(UTC)
+            for message in step.messages:
+                if message.message_id not in self._outbox:
+                    self._messages += 1
+                    self._outbox[message.message_id] = (message, self._messages, now)
+        else:
+            for message_id in step.message_ids:
+                self._outbox.pop(message_id, None)
 
     def _append(self, append: Append) -> AppendResult:
         aggregate_type, aggregate_id = append.aggregate_type, append.aggregate_id
@@ -168,3 +207,24 @@ class InMemoryEventStore(EventStore):
         self._opened()
         streams = self._streams.get(aggregate_id, {})
         return sorted(kind for kind, stream in streams.items() if stream)
+
+    async def _checkpoint(self, name: str) -> int:
+        await checkpoint()
+        self._opened()
+        return self._checkpoints.get(name, 0)
+
+    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
+        await checkpoint()
+        self._opened()
+        return [
+            decode_message(
+                message.message_id,
+                message.topic,
+                message.key,
+                message.payload,
+                message.metadata_json,
+                position,
+                recorded_at,
+            )
+            for message, position, recorded_at in islice(self._outbox.values(), limit)
+        ]

@@ -1,7 +1,7 @@
 """The event store: what every implementation guarantees, and what one has to supply.
 
 The public methods are written here once, over five protected ones (`_open`, `_close`, `_write`,
-`_read`, `_wait`) and two look-ups, which are all that a store implements. A store that passes
+`_read`, `_wait`) and four look-ups, which are all that a store implements. A store that passes
 `eventsource_anyio.testing.EventStoreContract` is a store.
 
 Guarantees of every store:
@@ -31,14 +31,23 @@ from ..ids import (
     parse_stream_id,
 )
 from ..metadata import Metadata
+from ..repositories.checkpoint import CheckpointRepository, SaveCheckpoint
+from ..repositories.outbox import (
+    AddMessages,
+    OutboxRepository,
+    RemoveMessages,
+    StoredMessage,
+    decode_message,
+)
 from .reading import EventIterator, Page, PageRequest, Subscription
-from .records import Append, AppendResult, ExpectedVersion, decode_stored, encode_append
+from .records import Append, AppendResult, ExpectedVersion, Step, decode_stored, encode_append
 from .transaction import Transaction
 
 __all__ = [
     "ANY",
     "NO_STREAM",
     "STREAM_EXISTS",
+    "AddMessages",
     "Append",
     "AppendResult",
     "EventStore",
@@ -47,8 +56,13 @@ __all__ = [
     "Page",
     "PageRequest",
     "ReadOptions",
+    "RemoveMessages",
+    "SaveCheckpoint",
+    "Step",
+    "StoredMessage",
     "Subscription",
     "Transaction",
+    "decode_message",
     "decode_stored",
 ]
 
@@ -179,12 +193,22 @@ class EventStore(ABC):
         return result
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
-        """Several appends, to any streams, that are stored together or not at all.
+        """Appends to any streams, checkpoints and messages, stored together or not at all.
 
         They are written when the block ends without an exception, so that no lock is held while
         the caller's code runs: `ConcurrencyError` and the others are raised at its end.
         """
-        return Transaction(self._write)
+        return Transaction(self._write, self._checkpoint, self._pending)
+
+    @property
+    def checkpoints(self) -> CheckpointRepository:
+        """The checkpoints of readers of this store; it holds nothing, and needs no keeping."""
+        return CheckpointRepository(self._checkpoint, self._write)
+
+    @property
+    def outbox(self) -> OutboxRepository:
+        """The messages that wait to be delivered; it holds nothing, and needs no keeping."""
+        return OutboxRepository(self._pending, self._write)
 
     async def get_events(
         self,
@@ -278,13 +302,14 @@ class EventStore(ABC):
         """Let go of everything, shielded from cancellation; waiting readers are woken."""
 
     @abstractmethod
-    def _write(self, appends: Sequence[Append]) -> Awaitable[Sequence[AppendResult]]:
-        """Store all of the appends or none, in order, durably.
+    def _write(self, steps: Sequence[Step]) -> Awaitable[Sequence[AppendResult]]:
+        """Store all of the steps or none, in order, durably; the results of the appends, in order.
 
-        For each append: if `append.expects(version)` says no, or an event id is stored already,
+        For each `Append`: if `append.expects(version)` says no, or an event id is stored already,
         return `append.repeated(…)` where there is any of its ids, else raise `append.conflict(…)`;
-        otherwise store its events and return `append.result(…)`. A cancelled call stores nothing
-        unless it was being written.
+        otherwise store its events and return `append.result(…)`. `SaveCheckpoint` is stored if
+        `check(…)` of where the checkpoint is does not raise. A step sees those before it. A
+        cancelled call stores nothing unless it was being written.
         """
 
     @abstractmethod
@@ -298,6 +323,14 @@ class EventStore(ABC):
     @abstractmethod
     async def _aggregate_types(self, aggregate_id: AggregateId) -> Sequence[str]:
         """The types of the aggregates that have this id, sorted."""
+
+    @abstractmethod
+    async def _checkpoint(self, name: str) -> int:
+        """Where a checkpoint is; 0 if it was never saved."""
+
+    @abstractmethod
+    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
+        """The first messages of the outbox by position, made by `decode_message`."""
 
 
 def _stream_request(

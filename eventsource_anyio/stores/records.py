@@ -24,6 +24,8 @@ from ..ids import (
     uuid7,
 )
 from ..metadata import Metadata, decode_metadata, encode_metadata, merge_metadata
+from ..repositories.checkpoint import SaveCheckpoint
+from ..repositories.outbox import OutboxStep
 
 
 class ExpectedVersion(Enum):
@@ -158,6 +160,9 @@ def _same(encoded: EncodedEvent, stored: StoredEvent) -> bool:
         return True
     codec = registered(type(stored.event)).codec
     return codec.encode(stored.event).decode() == encoded.payload
+
+
+Step: TypeAlias = Append | SaveCheckpoint | OutboxStep
 
 
 class AppendResult(Struct, frozen=True, gc=False):

@@ -1,4 +1,4 @@
-"""A transaction: appends that are collected, and written together when its block ends."""
+"""A transaction: steps that are collected, and written together when its block ends."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from ..events import DomainEvent, NewEvent
 from ..ids import AggregateId
 from ..metadata import Metadata
-from .records import Append, AppendResult, ExpectedVersion, encode_append
+from ..repositories.checkpoint import CheckpointRepository
+from ..repositories.outbox import OutboxRepository, StoredMessage
+from .records import AppendResult, ExpectedVersion, Step, encode_append
 
-Write: TypeAlias = Callable[[Sequence[Append]], Awaitable[Sequence[AppendResult]]]
+Write: TypeAlias = Callable[[Sequence[Step]], Awaitable[Sequence[AppendResult]]]
+ReadCheckpoint: TypeAlias = Callable[[str], Awaitable[int]]
+ReadPending: TypeAlias = Callable[[int], Awaitable[Sequence[StoredMessage]]]
 
 
 class Transaction:
-    """Appends that are stored together when the block ends, or not at all.
+    """Appends, checkpoints and messages, stored together when the block ends, or not at all.
 
-    `results` holds one result an append, in order, once the block has ended; nothing inside the
-    block, by this transaction or anybody else, sees its events before.
+    `results` holds one result an append, in order, once the block has ended; nobody sees anything
+    of it before, not inside the block either.
     """
 
-    __slots__ = ("_appends", "_open", "_write", "results")
+    __slots__ = ("_checkpoint", "_open", "_pending", "_steps", "_write", "results")
 
-    def __init__(self, write: Write) -> None:
+    def __init__(
+        self, write: Write, read_checkpoint: ReadCheckpoint, read_pending: ReadPending
+    ) -> None:
         self._write = write
-        self._appends: list[Append] = []
+        self._checkpoint = read_checkpoint
+        self._pending = read_pending
+        self._steps: list[Step] = []
         self._open: bool | None = None
         self.results: tuple[AppendResult, ...] = ()
 
@@ -45,13 +53,20 @@ class Transaction:
         Arguments are checked and encoded at once. The expected version is that of the stream with
         this transaction's earlier appends in it.
         """
-        if not self._open:
-            raise RuntimeError(
-                "a transaction is used inside its block: async with store.transaction() as tx: …"
-            )
         append = encode_append(aggregate_id, aggregate_type, events, expected_version, metadata)
-        await checkpoint()
-        self._appends.append(append)
+        await self._add((append,))
+
+    @property
+    def checkpoints(self) -> CheckpointRepository:
+        """As `EventStore.checkpoints`, but saved, and compared, at the end of the block."""
+        self._check_open()
+        return CheckpointRepository(self._checkpoint, self._add)
+
+    @property
+    def outbox(self) -> OutboxRepository:
+        """As `EventStore.outbox`, but added to, and taken from, at the end of the block."""
+        self._check_open()
+        return OutboxRepository(self._pending, self._add)
 
     async def __aenter__(self) -> Self:
         await checkpoint()
@@ -69,8 +84,21 @@ class Transaction:
         self._open = False
         if exc_type is not None:
             await cancel_shielded_checkpoint()
-            return
-        if not self._appends:
+        elif self._steps:
+            await self._commit()
+        else:
             await checkpoint()
-            return
-        self.results = tuple(await self._write(self._appends))
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError(
+                "a transaction is used inside its block: async with store.transaction() as tx: …"
+            )
+
+    async def _add(self, steps: Sequence[Step]) -> None:
+        await checkpoint()
+        self._check_open()
+        self._steps += steps
+
+    async def _commit(self) -> None:
+        self.results = tuple(await self._write(self._steps))

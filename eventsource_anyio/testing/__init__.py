@@ -8,6 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite(
     *(f"eventsource_anyio.testing.{name}" for name in ("appending", "reading", "subscribing")),
+    *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "transacting")),
     "eventsource_anyio.testing.cancelling",
 )
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 from .appending import AppendContract
 from .cancelling import CancelContract
 from .reading import ReadContract
+from .repositories import RepositoryContract
 from .subscribing import SubscribeContract
+from .transacting import TransactContract
 
 
-class EventStoreContract(AppendContract, ReadContract, SubscribeContract, CancelContract):
+class EventStoreContract(
+    AppendContract,
+    ReadContract,
+    SubscribeContract,
+    RepositoryContract,
+    TransactContract,
+    CancelContract,
+):
     """What every `EventStore` does, as tests.
 
     Subclass it in a test module and give it a fixture `store`, an open store without events::

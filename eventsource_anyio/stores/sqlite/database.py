@@ -13,9 +13,10 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from time import time_ns
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 from uuid import UUID
 
 from ...errors import EventSourceError, StorageError
@@ -26,24 +27,25 @@ from ..records import (
     Append,
     AppendResult,
     Read,
+    Step,
     decode_stored,
     from_microseconds,
     to_microseconds,
 )
+from .repositories import CHECKPOINTS, OUTBOX, take_step
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
 
 Synchronous: TypeAlias = Literal["FULL", "NORMAL"]
-Unit: TypeAlias = Sequence[Append]
+Unit: TypeAlias = Sequence[Step]
 Outcome: TypeAlias = list[AppendResult] | EventSourceError
 Row: TypeAlias = tuple[
     int, str, str | bytes, int, bytes, str, int, int, int | None, bytes | None, bytes
 ]
 
 _APPLICATION_ID = 0x65766E74  # "evnt"
-_SCHEMA_VERSION = 1
-_SCHEMA = """
+_EVENTS = """
 CREATE TABLE events (
     position INTEGER PRIMARY KEY,
     aggregate_type TEXT NOT NULL,
@@ -59,6 +61,8 @@ CREATE TABLE events (
     UNIQUE (aggregate_id, aggregate_type, version)
 )
 """
+# What each schema version has added to the one before.
+_SCHEMA = ((_EVENTS,), (CHECKPOINTS, OUTBOX))
 _COLUMNS = (
     "position, aggregate_type, aggregate_id, version, event_id, event_type, schema_version, "
     "recorded_at, occurred_at, metadata, payload"
@@ -127,29 +131,36 @@ class SQLiteDatabase:
 
     def _prepare(self, connection: Connection) -> None:
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        self._schema_version(connection)  # before anything of another program's file is changed
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 4000")
+        connection.execute("BEGIN IMMEDIATE")
+        version = self._schema_version(connection)
+        if version < len(_SCHEMA):
+            for statements in _SCHEMA[version:]:
+                for statement in statements:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {len(_SCHEMA)}")
+        connection.execute("COMMIT")
+        self.look(connection)
+
+    def _schema_version(self, connection: Connection) -> int:
+        """That of the file, 0 if it is empty; `StorageError` if it is not for us."""
         # The tables first: another process may make them now, and ours come with the id.
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if application == _APPLICATION_ID and version > _SCHEMA_VERSION:
+        if application == _APPLICATION_ID and version > len(_SCHEMA):
             raise self._unusable(
-                f"its schema version is {version}, this program knows {_SCHEMA_VERSION}",
+                f"its schema version is {version}, this program knows {len(_SCHEMA)}",
                 "A newer eventsource-anyio made it. Update this program.",
             )
         if application != _APPLICATION_ID and tables:
             raise self._unusable(
                 "it holds the tables of another program", "Give the store a file of its own."
             )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 4000")
-        connection.execute("BEGIN IMMEDIATE")
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not tables:
-            connection.execute(_SCHEMA)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-        self.look(connection)
+        return int(version) if tables else 0
 
     def _unusable(self, reason: str, remedy: str) -> StorageError:
         return StorageError(
@@ -178,8 +189,42 @@ class SQLiteDatabase:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
 
-    def append(self, connection: Connection, units: Sequence[Unit]) -> list[Outcome]:
-        """Store the appends of each unit or none of them, and return its results or its error."""
+    def write(self, connection: Connection, units: Sequence[Unit]) -> list[Outcome]:
+        """Store the steps of each unit or none of them, and return its results or its error."""
+        if _only_appends(units):
+            return self._append(connection, units)
+        outcomes: list[Outcome] = []
+        for _, group in groupby(units, lambda unit: _only_appends([unit])):
+            alike = list(group)
+            if _only_appends(alike):
+                outcomes += self._append(connection, alike)
+            else:
+                outcomes += [self._take_steps(connection, unit) for unit in alike]
+        return outcomes
+
+    def _take_steps(self, connection: Connection, unit: Unit) -> Outcome:
+        start = self.position
+        results: list[AppendResult] = []
+        taken: Outcome = results
+        connection.execute("SAVEPOINT unit")
+        try:
+            for step in unit:
+                if isinstance(step, Append):
+                    (outcome,) = self._append(connection, [[step]])
+                    if isinstance(outcome, EventSourceError):
+                        raise outcome
+                    results += outcome
+                else:
+                    take_step(connection, step, self._recorded_at)
+        except EventSourceError as error:
+            connection.execute("ROLLBACK TO unit")
+            self._versions.clear()
+            self.position = start
+            taken = error
+        connection.execute("RELEASE unit")
+        return taken
+
+    def _append(self, connection: Connection, units: Sequence[Sequence[Append]]) -> list[Outcome]:
         start = self.position
         try:
             outcomes = [self._plan(connection, unit) for unit in units]
@@ -191,7 +236,7 @@ class SQLiteDatabase:
         # Some event id is stored already: find out whose by taking everything apart.
         self._take_back(connection, start)
         if len(units) > 1:
-            return [outcome for unit in units for outcome in self.append(connection, [unit])]
+            return [outcome for unit in units for outcome in self._append(connection, [unit])]
         if len(units[0]) == 1:
             (append,) = units[0]
             try:
@@ -200,14 +245,14 @@ class SQLiteDatabase:
                 return [error]
         results: list[AppendResult] = []
         for append in units[0]:
-            (outcome,) = self.append(connection, [[append]])
+            (outcome,) = self._append(connection, [[append]])
             if isinstance(outcome, EventSourceError):
                 self._take_back(connection, start)
                 return [outcome]
             results += outcome
         return [results]
 
-    def _plan(self, connection: Connection, unit: Unit) -> Outcome:
+    def _plan(self, connection: Connection, unit: Sequence[Append]) -> Outcome:
         start = self.position
         try:
             return [self._plan_append(connection, append) for append in unit]
@@ -307,6 +352,14 @@ class SQLiteDatabase:
         if len(rows) < request.limit:
             return rows, 0, True
         return rows, rows[-1][3] + (-1 if request.backwards else 1), False
+
+
+def _only_appends(units: Sequence[Unit]) -> TypeGuard[Sequence[Sequence[Append]]]:
+    for unit in units:
+        for step in unit:
+            if type(step) is not Append:
+                return False
+    return True
 
 
 def _bounds(request: PageRequest) -> tuple[int, int]:

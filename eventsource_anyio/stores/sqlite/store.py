@@ -11,9 +11,10 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ...errors import StoreClosedError
 from ...ids import AggregateId
-from ..interface import Append, AppendResult, EventStore, Page, PageRequest
+from ..interface import AppendResult, EventStore, Page, PageRequest, Step, StoredMessage
 from ..signal import AppendSignal
 from .database import SQLiteDatabase, Synchronous, decode_rows
+from .repositories import decode_messages, get_checkpoint, pending_rows
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ class SQLiteEventStore(EventStore):
 
         return await worker.read(look)
 
-    def _write(self, appends: Sequence[Append]) -> Awaitable[Sequence[AppendResult]]:
+    def _write(self, steps: Sequence[Step]) -> Awaitable[Sequence[AppendResult]]:
         worker, _, _ = self._opened()
-        return worker.write(appends)
+        return worker.write(steps)
 
     async def _read(self, request: PageRequest) -> Page:
         worker, database, _ = self._opened()
@@ -112,3 +113,12 @@ class SQLiteEventStore(EventStore):
         return await worker.read(
             lambda connection: database.aggregate_types(connection, aggregate_id)
         )
+
+    async def _checkpoint(self, name: str) -> int:
+        worker, _, _ = self._opened()
+        return await worker.read(lambda connection: get_checkpoint(connection, name))
+
+    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
+        worker, _, _ = self._opened()
+        rows = await worker.read(lambda connection: pending_rows(connection, limit))
+        return decode_messages(rows)

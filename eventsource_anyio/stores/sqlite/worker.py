@@ -27,7 +27,7 @@ from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 from ...cleanup import shielded_cleanup
 from ...errors import EventSourceError, StorageError, StoreClosedError
-from ..records import AppendResult
+from ..records import Append, AppendResult
 from ..signal import AppendSignal
 from .database import SQLiteDatabase, Unit, is_locked
 
@@ -53,7 +53,7 @@ class _Batch:
 
 
 class _Job(Generic[T]):
-    """A read, which is a function, or a write, which is a unit of appends."""
+    """A read, which is a function, or a write, which is a unit of steps."""
 
     __slots__ = ("batch", "error", "settled", "value", "withdrawn", "work")
 
@@ -143,9 +143,10 @@ class Worker:
     async def write(self, unit: Unit) -> list[AppendResult]:
         """Store the unit inside the batch's transaction."""
         await checkpoint_if_cancelled()
-        job: _Job[list[AppendResult]] = self._submit(
-            unit, len(unit[0].events) if len(unit) == 1 else sum([len(one.events) for one in unit])
-        )
+        cost = 0
+        for step in unit:
+            cost += len(step.events) if type(step) is Append else 1
+        job: _Job[list[AppendResult]] = self._submit(unit, cost)
         try:
             while not job.settled:
                 await job.batch.done.wait()
@@ -297,7 +298,7 @@ class Worker:
         database = self._database
         try:
             database.begin(connection)
-            outcomes = database.append(connection, [cast("Unit", job.work) for job in jobs])
+            outcomes = database.write(connection, [cast("Unit", job.work) for job in jobs])
             connection.execute("COMMIT")
         except BaseException as error:  # noqa: BLE001  (raised where each job was made)
             database.roll_back(connection)

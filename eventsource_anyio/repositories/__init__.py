@@ -1,0 +1,1 @@
+"""What a store keeps beside its events: checkpoints, and the outbox."""

@@ -1,0 +1,27 @@
+-- What version 1 of the SQLite store made: its tables, and two events in one stream.
+PRAGMA journal_mode = WAL;
+BEGIN IMMEDIATE;
+
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY,
+    aggregate_type TEXT NOT NULL,
+    aggregate_id BLOB NOT NULL,
+    version INTEGER NOT NULL,
+    event_id BLOB NOT NULL UNIQUE,
+    event_type TEXT NOT NULL,
+    schema_version INTEGER NOT NULL,
+    recorded_at INTEGER NOT NULL,
+    occurred_at INTEGER,
+    metadata TEXT,
+    payload TEXT NOT NULL,
+    UNIQUE (aggregate_id, aggregate_type, version)
+);
+PRAGMA application_id = 1702260340;
+PRAGMA user_version = 1;
+
+INSERT INTO events VALUES
+(1, 'Thing', 'a', 1, x'00000000000000000000000000000001', 'eventsource_anyio.testing.Happened',
+    1, 1700000000000000, NULL, '{"user":"ann"}', '{"number":7,"note":"old"}'),
+(2, 'Thing', 'a', 2, x'00000000000000000000000000000002', 'eventsource_anyio.testing.Ended',
+    1, 1700000000000001, 1600000000000000, NULL, '{}');
+COMMIT;
