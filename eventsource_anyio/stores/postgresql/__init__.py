@@ -1,0 +1,12 @@
+"""The PostgreSQL store.
+
+What it is (`store`), what it says to the server (`sql/`, `schema`, `statements`, `writing`), how
+concurrent appends share a commit (`group_commit`), how readers know how far to go (`tail`), the
+user's SQL (`transaction`), and connections (`driver` and what is behind it, `pool`).
+"""
+
+from .schema import migration_sql
+from .store import PostgreSQLEventStore
+from .transaction import PostgreSQLTransaction
+
+__all__ = ["PostgreSQLEventStore", "PostgreSQLTransaction", "migration_sql"]

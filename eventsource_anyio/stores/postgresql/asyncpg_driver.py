@@ -1,0 +1,183 @@
+"""asyncpg behind the driver contract, on asyncio and, by the guest, on Trio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import anyio
+
+from ...cleanup import shielded_cleanup
+from ...guest import Guest
+from .driver import Connection, Driver, DriverError, Row
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+
+_GRACE = 0.5
+
+
+class RawConnection(Protocol):
+    """What is used of `asyncpg.Connection`, which has no types."""
+
+    def fetch(self, query: str, *args: object) -> Coroutine[object, object, list[Row]]: ...
+    def execute(self, query: str) -> Coroutine[object, object, str]: ...
+    def add_listener(
+        self, channel: str, callback: Callable[..., None]
+    ) -> Coroutine[object, object, None]: ...
+    def add_termination_listener(self, callback: Callable[..., None]) -> None: ...
+    def is_closed(self) -> bool: ...
+    def is_in_transaction(self) -> bool: ...
+    def close(self, *, timeout: float | None = None) -> Coroutine[object, object, None]: ...
+    def terminate(self) -> None: ...
+
+
+Connect = Callable[[], Coroutine[object, object, RawConnection]]
+
+
+def connect_by_dsn(dsn: str) -> Connect:
+    try:
+        import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError as error:
+        raise _missing("asyncpg") from error
+    dsn = dsn.replace("postgresql+asyncpg://", "postgresql://", 1)  # as SQLAlchemy writes it
+    connect = cast("Callable[[str], Coroutine[object, object, RawConnection]]", asyncpg.connect)  # pyright: ignore[reportUnknownMemberType]
+    return lambda: connect(dsn)
+
+
+def connect_by_engine(engine: AsyncEngine) -> Connect:
+    """Connections made by an engine, with all that it was configured with, and then our own."""
+
+    async def connect() -> RawConnection:
+        pooled = await engine.raw_connection()
+        raw: Any = pooled.driver_connection
+        pooled.detach()
+        return raw  # type: ignore[no-any-return]
+
+    return connect
+
+
+def engine_by_dsn(dsn: str, size: int) -> AsyncEngine:
+    """An engine for transactions with SQL in them."""
+    try:
+        from sqlalchemy.ext.asyncio import create_async_engine
+    except ImportError as error:
+        raise _missing("sqlalchemy") from error
+    return create_async_engine(
+        "postgresql+asyncpg://", async_creator=connect_by_dsn(dsn), pool_size=size
+    )
+
+
+def _missing(package: str) -> ImportError:
+    return ImportError(
+        f"{package} is not installed, which PostgreSQLEventStore needs. It comes with an extra: "
+        "pip install 'eventsource-anyio[postgresql]'"
+    )
+
+
+class AsyncpgDriver(Driver):
+    def __init__(self, guest: Guest, connect: Connect) -> None:
+        self._guest = guest
+        self._connect = connect
+
+    async def connect(self) -> Connection:
+        connecting = anyio.CancelScope(shield=True)
+        outcome: RawConnection | Exception | None = None
+        # asyncpg, cancelled while it talks about TLS, complains to the event loop. So a cancelled
+        # caller gives it a moment to finish.
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_cancel_later, connecting)
+                with connecting:
+                    try:
+                        outcome = await self._guest.run(self._connect())
+                    except Exception as error:  # noqa: BLE001  (raised below, outside the group)
+                        outcome = error
+                connecting.cancel()  # it is over: nobody need wait for it
+                tasks.cancel_scope.cancel()
+        except BaseException:
+            if outcome is not None and not isinstance(outcome, Exception):
+                _Connection(self._guest, outcome).abandon()
+            raise
+        if isinstance(outcome, Exception) or outcome is None:
+            failed = outcome or TimeoutError("the connection attempt was given up")
+            raise translated(failed, lost=True) from failed
+        return _Connection(self._guest, outcome)
+
+
+async def _cancel_later(connecting: anyio.CancelScope) -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        if not connecting.cancel_called:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(_GRACE)
+            connecting.cancel()
+
+
+class _Connection(Connection):
+    def __init__(self, guest: Guest, raw: RawConnection) -> None:
+        self._guest = guest
+        self._raw = raw
+        self._heard = anyio.Event()
+        self._abandoned = False
+
+    @property
+    def usable(self) -> bool:
+        return not (self._abandoned or self._raw.is_closed())
+
+    async def fetch(self, statement: str, *values: object) -> Sequence[Row]:
+        try:
+            return await self._guest.run(self._raw.fetch(statement, *values))
+        except Exception as error:
+            raise self._failure(error) from error
+
+    async def run(self, script: str) -> None:
+        try:
+            await self._guest.run(self._raw.execute(script))
+        except Exception as error:
+            raise self._failure(error) from error
+
+    async def listen(self, channel: str) -> None:
+        try:
+            await self._guest.run(self._raw.add_listener(channel, self._notified))
+        except Exception as error:
+            raise self._failure(error) from error
+        self._raw.add_termination_listener(self._notified)
+
+    def _notified(self, *_: object) -> None:
+        self._heard.set()
+
+    async def heard(self) -> None:
+        await self._heard.wait()
+        self._heard = anyio.Event()
+
+    async def close(self) -> None:
+        with shielded_cleanup():
+            try:
+                await self._guest.run(self._raw.close(timeout=5))
+            except Exception:  # noqa: BLE001  (it is gone, which is what was asked for)
+                self.abandon()
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._guest.loop.call_soon_threadsafe(self._raw.terminate)
+
+    def _failure(self, error: Exception) -> DriverError:
+        return translated(error, lost=self._raw.is_closed())
+
+
+def translated(error: Exception, *, lost: bool) -> DriverError:
+    sqlstate: object = getattr(error, "sqlstate", None)
+    detail: object = getattr(error, "detail", None)
+    message = str(error) or type(error).__name__
+    # SQLAlchemy's adapter has it one further down.
+    original: object = getattr(error, "orig", None)
+    if sqlstate is None and isinstance(original, Exception):
+        return translated(original, lost=lost)
+    if isinstance(sqlstate, str):
+        if detail:
+            message = f"{message} ({detail})"
+        return DriverError(message, sqlstate, lost=lost or sqlstate.startswith(("08", "57P")))
+    return DriverError(f"{type(error).__name__}: {message}", lost=lost)

@@ -1,0 +1,385 @@
+"""Appends that are made at the same time share a round trip and a transaction.
+
+- There is no timer and no task: the first caller of a batch leads, sends it when the lane is free,
+  and carries the others. A lone append finds the lane free and goes at once.
+- A stream belongs to one lane, and a lane has one batch in flight, so appends to one stream are
+  sent in the order they were made. Each has a version check and an outcome of its own.
+- A stream that another transaction is appending to keeps nobody else waiting: its appends are set
+  aside, and the first of them asks again after a while.
+- A caller that is cancelled before its batch is sent takes its append out again. What was sent is
+  finished, and its outcome is what happened.
+- A batch may be sent twice, if the connection or its leader was lost: the event ids see to it that
+  nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from math import inf
+from random import random
+from typing import TypeAlias
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ...cleanup import shielded_cleanup
+from ...errors import StoreClosedError
+from ...ids import AggregateId
+from ..records import Append
+from .driver import Connection, DriverError
+from .failures import storage_error
+from .pool import Pool
+from .statements import (
+    APPENDED,
+    BUSY,
+    KNOWN,
+    Answer,
+    Statements,
+    event_answer,
+    event_values,
+    events_answers,
+    events_values,
+)
+
+_APPENDS_AT_MOST = 250  # each holds an entry of the server's lock table
+_EVENTS_AT_MOST = 2000
+_BATCHES_AT_MOST = 100
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+# One append can break a batch by what is in it; the batch is then sent one by one.
+_OF_ONE = ("21", "22", "23", "54")
+_LOCK_TABLE_FULL = "53200"
+UNIQUE = "23505"
+
+_Stream: TypeAlias = tuple[str, AggregateId]
+
+
+class _Job:
+    __slots__ = ("answer", "append", "batch", "error", "settled", "stream", "withdrawn")
+
+    batch: _Batch  # set as soon as it is queued
+
+    def __init__(self, append: Append) -> None:
+        self.append = append
+        self.stream: _Stream = (append.aggregate_type, append.aggregate_id)
+        self.settled = False
+        self.withdrawn = False
+        self.answer: Answer | None = None
+        self.error: BaseException | None = None
+
+
+class _Change:
+    """Wakes those who wait for something to be different; an event is made only for a waiter."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event: anyio.Event | None = None
+
+    async def wait(self) -> None:
+        if self._event is None:
+            self._event = anyio.Event()
+        await self._event.wait()
+
+    def happened(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            event.set()
+
+
+class _Batch:
+    """Jobs that are sent together, by the caller of one of them, the leader."""
+
+    __slots__ = ("changed", "events", "granted", "jobs", "leader", "may_send", "sent")
+
+    def __init__(self) -> None:
+        self.jobs: list[_Job] = []
+        self.events = 0
+        self.leader: _Job | None = None
+        self.may_send = False
+        self.granted = _Change()  # for the leader
+        self.changed = _Change()  # for the others: look at your job again
+        self.sent = False
+
+    @property
+    def full(self) -> bool:
+        return len(self.jobs) >= _APPENDS_AT_MOST or self.events >= _EVENTS_AT_MOST
+
+    def add(self, job: _Job) -> None:
+        job.batch = self
+        self.jobs.append(job)
+        self.events += len(job.append.events)
+        if self.leader is None:
+            self.leader = job
+
+    def hold(self, job: _Job) -> None:
+        """Keep it in a batch that is not to be sent."""
+        job.batch = self
+        self.jobs.append(job)
+
+    def grant(self) -> None:
+        """Let the leader send it."""
+        self.may_send = True
+        self.granted.happened()
+
+
+Committed: TypeAlias = Callable[[Connection], Awaitable[None]]
+
+
+class Lane:
+    """Sends one batch after another. `committed` is called after each with its connection."""
+
+    def __init__(self, pool: Pool, statements: Statements, committed: Committed) -> None:
+        self._pool = pool
+        self._statements = statements
+        self._committed = committed
+        self._current: _Batch | None = None  # is being sent, or about to be
+        self._waiting: deque[_Batch] = deque()
+        self._aside: dict[_Stream, _Batch] = {}  # behind one that asks again
+        self._room = _Change()
+        self._closed = ""
+
+    async def append(self, append: Append) -> Answer:
+        """What became of it. Cancelled, nothing was stored, or it raises nothing."""
+        await checkpoint_if_cancelled()
+        while len(self._waiting) >= _BATCHES_AT_MOST:
+            await self._room.wait()
+        job = _Job(append)
+        aside = self._aside.get(job.stream)
+        if aside is None:
+            self._enqueue(job)
+        else:
+            aside.hold(job)
+        answer = await self._outcome(job)
+        if answer.status != BUSY:
+            return answer
+        # This job has its stream to itself now: those behind it are set aside.
+        pause = _FIRST_PAUSE
+        try:
+            while answer.status == BUSY:
+                await anyio.sleep(pause * (0.5 + random()))  # noqa: S311  (no secret)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                job.settled = False
+                self._enqueue(job)
+                answer = await self._outcome(job)
+        finally:
+            self._bring_back(job.stream)
+        return answer
+
+    def close(self, store: str) -> None:
+        """Refuse what waits. What was sent is finished."""
+        self._closed = store
+        for batch in [*self._waiting, *self._aside.values()]:
+            for job in batch.jobs:
+                job.error = StoreClosedError(store)
+                job.settled = True
+            batch.grant()
+            batch.changed.happened()
+        self._waiting.clear()
+        self._aside.clear()
+        self._room.happened()
+
+    # The queue ---------------------------------------------------------------------------------
+
+    def _enqueue(self, job: _Job) -> None:
+        if self._closed:
+            raise StoreClosedError(self._closed)
+        if self._current is None:
+            self._current = batch = _Batch()
+            batch.grant()
+        elif self._waiting:
+            batch = self._waiting[-1]
+        else:
+            batch = self._current
+        if batch.sent or batch.full:
+            batch = _Batch()
+            self._waiting.append(batch)
+        batch.add(job)
+
+    def _next(self) -> None:
+        """The lane is free: let the next batch go."""
+        self._current = None
+        while self._waiting and self._current is None:
+            batch = self._waiting.popleft()
+            if batch.leader is not None:
+                self._current = batch
+                batch.grant()
+        self._room.happened()
+
+    def _set_aside(self, job: _Job) -> None:
+        """Its stream is busy. The first such job asks again; the others wait behind it."""
+        aside = self._aside.get(job.stream)
+        if aside is None:
+            self._aside[job.stream] = aside = _Batch()
+            # Those that are queued already are later ones.
+            for batch in self._waiting:
+                for later in [one for one in batch.jobs if one.stream == job.stream]:
+                    self._take_out(later)
+                    aside.hold(later)
+            aside.leader = job
+        if aside.leader is job:
+            job.answer = Answer(BUSY, 0)
+            job.settled = True
+        else:
+            aside.hold(job)
+
+    def _bring_back(self, stream: _Stream) -> None:
+        aside = self._aside.pop(stream, None)
+        if aside is not None and not self._closed:
+            for job in aside.jobs:
+                self._enqueue(job)
+            aside.changed.happened()
+
+    def _take_out(self, job: _Job) -> None:
+        """Take it out of its batch, which gets another leader if it was the one."""
+        batch = job.batch
+        batch.jobs.remove(job)
+        batch.events -= len(job.append.events)
+        if batch.leader is job:
+            batch.leader = batch.jobs[0] if batch.jobs else None
+            batch.granted.happened()  # it may have been put into another one
+            if batch.leader is None and batch is self._current:
+                self._next()
+        batch.changed.happened()
+
+    # The callers -------------------------------------------------------------------------------
+
+    async def _outcome(self, job: _Job) -> Answer:
+        try:
+            await self._settled(job)
+        except BaseException as error:
+            if not job.settled:
+                if not job.batch.sent:
+                    self._take_out(job)
+                    raise
+                if job.withdrawn:
+                    raise
+                with anyio.CancelScope(shield=True):
+                    await self._settled(job)
+            cancelled = isinstance(error, anyio.get_cancelled_exc_class())
+            scope_cancelled = anyio.current_effective_deadline() == -inf
+            stored = job.answer is not None and job.answer.status == APPENDED
+            if job.error is not None or not (stored and cancelled and scope_cancelled):
+                raise
+            # It was stored, so that is the outcome, as if it had been shielded. The scope that was
+            # cancelled still is, and raises at the next checkpoint.
+        if job.error is not None:
+            raise job.error
+        assert job.answer is not None
+        return job.answer
+
+    async def _settled(self, job: _Job) -> None:
+        while not job.settled:
+            batch = job.batch
+            if batch.leader is not job:
+                await batch.changed.wait()
+            elif batch.may_send:
+                await self._lead(batch, job)
+            else:
+                await batch.granted.wait()
+
+    async def _lead(self, batch: _Batch, leader: _Job) -> None:
+        try:
+            connection = await self._pool.acquire()
+        except DriverError as error:
+            batch.sent = True
+            self._fail(batch.jobs, error, unknown=False)
+            self._pass_on(batch)
+            return
+        batch.sent = True
+        try:
+            with shielded_cleanup() as scope:
+                connection = await self._send(connection, batch.jobs)
+                self._pass_on(batch)
+                await self._committed(connection)
+            if scope.cancelled_caught:
+                connection.abandon()
+                self._fail(batch.jobs, DriverError("there was no answer in time", lost=True))
+                self._pass_on(batch)
+        except BaseException:
+            # Only asyncio's own cancellation gets here. The others are sent again.
+            leader.withdrawn = True
+            self._send_again(batch, leader)
+            raise
+        finally:
+            self._pool.release(connection)
+            # They know their batch; without the circle they need no garbage collector.
+            batch.jobs = []
+            batch.leader = None
+
+    def _pass_on(self, batch: _Batch) -> None:
+        if batch is self._current:
+            self._next()  # before the others wake up: the next leader comes first
+        batch.changed.happened()
+
+    def _send_again(self, batch: _Batch, leader: _Job) -> None:
+        again = _Batch()
+        for job in batch.jobs:
+            if not job.settled and job is not leader:
+                again.add(job)
+        if again.jobs:
+            self._waiting.appendleft(again)
+        self._pass_on(batch)
+
+    # The server --------------------------------------------------------------------------------
+
+    async def _send(self, connection: Connection, jobs: Sequence[_Job]) -> Connection:
+        """Send them, on another connection if this one is lost, and settle each."""
+        try:
+            await self._settle(connection, jobs)
+        except DriverError as error:
+            if not error.lost:
+                self._fail(jobs, error)
+                return connection
+            connection.abandon()
+            try:
+                connection = await self._pool.replace(connection)
+                await self._settle(connection, [job for job in jobs if not job.settled])
+            except DriverError as again:
+                self._fail(jobs, again if again.sqlstate else error)
+        return connection
+
+    async def _settle(self, connection: Connection, jobs: Sequence[_Job]) -> None:
+        try:
+            answers = await self._ask(connection, [job.append for job in jobs])
+        except DriverError as error:
+            if len(jobs) == 1 and error.sqlstate == UNIQUE:
+                # An id of it is stored with another stream, or a version came from elsewhere.
+                answers = [Answer(KNOWN, 0)]
+            elif len(jobs) > 1 and error.sqlstate.startswith(_OF_ONE):
+                for job in jobs:
+                    await self._settle(connection, [job])
+                return
+            elif len(jobs) > 1 and error.sqlstate == _LOCK_TABLE_FULL:
+                half = len(jobs) // 2
+                await self._settle(connection, jobs[:half])
+                await self._settle(connection, jobs[half:])
+                return
+            elif error.lost:
+                raise
+            else:
+                self._fail(jobs, error)
+                return
+        for job, answer in zip(jobs, answers, strict=True):
+            if answer.status == BUSY:
+                self._set_aside(job)
+            else:
+                job.answer = answer
+                job.settled = True
+
+    async def _ask(self, connection: Connection, appends: Sequence[Append]) -> Sequence[Answer]:
+        statements = self._statements
+        if len(appends) == 1 and len(appends[0].events) == 1:
+            (row,) = await connection.fetch(statements.append_event, *event_values(appends[0]))
+            return [event_answer(row)]
+        values = events_values(appends, wait=False, atomic=False)
+        (row,) = await connection.fetch(statements.append_events, *values)
+        return events_answers(appends, row)
+
+    def _fail(
+        self, jobs: Sequence[_Job], error: DriverError, *, unknown: bool | None = None
+    ) -> None:
+        for job in jobs:
+            if not job.settled:
+                job.error = storage_error(error, unknown=error.lost if unknown is None else unknown)
+                job.settled = True

@@ -1,0 +1,293 @@
+"""What is said to PostgreSQL: the statements of one schema, their values and their answers.
+
+- A UUID is stored as its canonical text, which `normalize_aggregate_id` makes a UUID again.
+- An expected version is a number for SQL: -1 for `ANY`, -2 for `STREAM_EXISTS`.
+- Positions have gaps, also within one append.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from ...ids import AggregateId, uuid_of
+from ..reading import PageRequest
+from ..records import Append, AppendResult, EncodedEvent, ExpectedVersion, Read, decode_stored
+from .driver import Row
+from .schema import Schema, migrations
+
+APPENDED, KNOWN, CONFLICT, BUSY = range(4)
+LARGEST = 2**63 - 1
+_COLUMNS = (
+    "position, version, recorded_at, occurred_at, event_id, schema_version, event_type, "
+    "aggregate_type, aggregate_id, metadata, payload"
+)
+_EXPECTED = {
+    ExpectedVersion.ANY: -1,
+    ExpectedVersion.STREAM_EXISTS: -2,
+    ExpectedVersion.NO_STREAM: 0,
+}
+
+
+class Answer(Struct, frozen=True):
+    """What became of one append: a status, the version of its stream before, and its positions."""
+
+    status: int
+    version: int
+    positions: Sequence[int] = ()
+    recorded_at: object = None
+
+
+class Statements:
+    """The statements of a schema, each prepared once a connection."""
+
+    def __init__(self, schema: Schema) -> None:
+        sql = schema.sql
+        self.schema = schema
+        self.append_event = sql("SELECT * FROM es.append_event($1, $2, $3, $4, $5, $6, $7, $8, $9)")
+        self.append_events = sql(
+            "SELECT * FROM es.append_events("
+            "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
+        )
+        self.by_ids = sql(f"SELECT {_COLUMNS} FROM es.events WHERE event_id = ANY ($1)")  # noqa: S608
+        self.types_between = sql(
+            "SELECT event_type FROM es.events WHERE aggregate_id = $1 AND aggregate_type = $2 "
+            "AND version BETWEEN $3 AND $4 ORDER BY version"
+        )
+        # A loose scan: the types of an id, however many events each has.
+        self.aggregate_types = sql(
+            "WITH RECURSIVE found(kind) AS ("
+            "(SELECT aggregate_type FROM es.events WHERE aggregate_id = $1 "
+            "ORDER BY aggregate_type LIMIT 1) UNION ALL "
+            "SELECT (SELECT e.aggregate_type FROM es.events e WHERE e.aggregate_id = $1 "
+            "AND e.aggregate_type > found.kind ORDER BY e.aggregate_type LIMIT 1) "
+            "FROM found WHERE found.kind IS NOT NULL) "
+            "SELECT kind FROM found WHERE kind IS NOT NULL"
+        )
+        self.safe_position = sql("SELECT es.safe_position($1)")
+        self.checkpoint = sql("SELECT position FROM es.checkpoints WHERE name = $1")
+        self.save_checkpoint = sql("SELECT saved, actual FROM es.save_checkpoint($1, $2, $3)")
+        self.add_messages = sql(
+            "INSERT INTO es.outbox (message_id, topic, key, metadata, payload) "
+            "SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[]) "
+            "ON CONFLICT (message_id) DO NOTHING"
+        )
+        self.remove_messages = sql("DELETE FROM es.outbox WHERE message_id = ANY ($1::uuid[])")
+        self.pending = sql(
+            "SELECT message_id, topic, key, payload, metadata, position, recorded_at "
+            "FROM es.outbox ORDER BY position LIMIT $1"
+        )
+        # One row, whatever is missing: each name is looked up and never just used.
+        self.about = sql(
+            "SELECT to_regclass('es.migrations') IS NOT NULL, "
+            "coalesce(to_regclass('es.events')::oid::bigint, 0), "
+            "current_setting('server_encoding')"
+        )
+        self.version = sql("SELECT coalesce(max(version), 0) FROM es.migrations")
+        self.newest = migrations()[-1].version
+        self._pages: dict[tuple[bool, bool, bool, bool], str] = {}
+
+    def page(self, request: PageRequest, low: int, high: int) -> tuple[str, tuple[object, ...]]:
+        """The statement of a page between two versions or positions, and its values."""
+        order = "position" if request.stream is None else "version"
+        values: list[object] = [low, high, min(request.limit, LARGEST)]
+        if request.stream is not None:
+            values += (request.stream[0], str(request.stream[1]))
+        if request.event_types:
+            values.append(list(request.event_types))
+        if request.aggregate_types:
+            values.append(list(request.aggregate_types))
+        key = (
+            request.stream is None,
+            request.backwards,
+            bool(request.event_types),
+            bool(request.aggregate_types),
+        )
+        statement = self._pages.get(key)
+        if statement is None:
+            statement = self._pages[key] = self._page(order, *key)
+        return statement, tuple(values)
+
+    def _page(
+        self, order: str, whole: bool, backwards: bool, event_types: bool, aggregate_types: bool
+    ) -> str:
+        where = [f"{order} BETWEEN $1 AND $2"]
+        last = 3
+        if not whole:
+            where.append("aggregate_type = $4 AND aggregate_id = $5")
+            last = 5
+        filters: list[tuple[str, int]] = []
+        for column, given in (("event_type", event_types), ("aggregate_type", aggregate_types)):
+            if given:
+                last += 1
+                filters.append((column, last))
+        direction = "DESC" if backwards else "ASC"
+        ordered = f"ORDER BY {order} {direction} LIMIT $3"
+        if not whole or not filters:
+            where += [f"{column} = ANY (${number}::text[])" for column, number in filters]
+            return self.schema.sql(
+                f"SELECT {_COLUMNS} FROM es.events WHERE {' AND '.join(where)} {ordered}"  # noqa: S608
+            )
+        # A page for each type by its index, in order, and the first of them all.
+        (column, number), *others = filters
+        where += [f"{other} = ANY (${its}::text[])" for other, its in others]
+        return self.schema.sql(
+            f"SELECT {_COLUMNS} FROM (SELECT DISTINCT unnest(${number}::text[]) AS one) types "  # noqa: S608
+            f"CROSS JOIN LATERAL (SELECT * FROM es.events WHERE {column} = types.one "
+            f"AND {' AND '.join(where)} {ordered}) found {ordered}"
+        )
+
+
+def expected_number(append: Append) -> int:
+    expected = append.expected_version
+    if isinstance(expected, ExpectedVersion):
+        return _EXPECTED[expected]
+    return min(expected, LARGEST)
+
+
+def event_values(append: Append) -> tuple[object, ...]:
+    """The values of `append_event`."""
+    (event,) = append.events
+    return (
+        append.aggregate_type,
+        str(append.aggregate_id),
+        expected_number(append),
+        event.event_id,
+        event.event_type,
+        event.schema_version,
+        event.occurred_at,
+        event.metadata_json,
+        event.payload,
+    )
+
+
+def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tuple[object, ...]:
+    """The values of `append_events`; what goes without saying is left empty."""
+    streams = [(append.aggregate_type, str(append.aggregate_id)) for append in appends]
+    same_as: list[int] = []
+    if len(set(streams)) < len(streams):
+        first: dict[tuple[str, str], int] = {}
+        same_as = [first.setdefault(stream, number) for number, stream in enumerate(streams, 1)]
+    if len(appends) == 1:
+        events = appends[0].events
+    else:
+        events = [event for append in appends for event in append.events]
+    counts: list[int] = []
+    numbers: list[int] = []
+    places: list[int] = []
+    if len(events) > len(appends) > 1:
+        for number, append in enumerate(appends, 1):
+            count = len(append.events)
+            counts.append(count)
+            numbers += [number] * count
+            places += range(1, count + 1)
+    # An array that is too short is filled up with NULL, so one that would hold nothing else is
+    # left empty.
+    occurred = [event.occurred_at for event in events]
+    metadata = [event.metadata_json for event in events]
+    return (
+        [stream[0] for stream in streams],
+        [stream[1] for stream in streams],
+        same_as,
+        [expected_number(append) for append in appends],
+        counts,
+        numbers,
+        places,
+        [event.event_id for event in events],
+        [event.event_type for event in events],
+        [event.schema_version for event in events],
+        occurred if any(occurred) else [],
+        metadata if any(metadata) else [],
+        [event.payload for event in events],
+        wait,
+        atomic,
+    )
+
+
+def event_answer(row: Row) -> Answer:
+    status, version, position, recorded_at = row
+    return Answer(status, version or 0, () if position is None else (position,), recorded_at)
+
+
+def events_answers(appends: Sequence[Append], row: Row) -> list[Answer]:
+    statuses, versions, given, recorded_at = row
+    answers: list[Answer] = []
+    taken = 0
+    for append, status, version in zip(appends, statuses, versions, strict=True):
+        positions: Sequence[int] = ()
+        if status == APPENDED and given is not None:
+            positions = given[taken : taken + len(append.events)]
+            taken += len(append.events)
+        answers.append(Answer(status, version, positions, recorded_at))
+    return answers
+
+
+def appended(append: Append, answer: Answer) -> AppendResult:
+    """The result of an append with status 0."""
+    positions, recorded_at = answer.positions, answer.recorded_at
+    result = append.result(answer.version + 1, positions[0], recorded_at)  # type: ignore[arg-type]
+    if positions[-1] == result.position:
+        return result
+    events = [
+        replace(event, position=position)
+        for event, position in zip(result.events, positions, strict=True)
+    ]
+    return AppendResult(result.version, positions[-1], tuple(events))
+
+
+def aggregate_id_of(text: str) -> AggregateId:
+    """The id that was stored as this text."""
+    if len(text) == 36 and text[8] == text[13] == text[18] == text[23] == "-":
+        try:
+            found = uuid_of(bytes.fromhex(text.replace("-", "")))
+        except ValueError:
+            return text
+        if str(found) == text:
+            return found
+    return text
+
+
+def decode_rows(rows: Sequence[Row]) -> list[Read]:
+    """The events of rows that hold `_COLUMNS`."""
+    events: list[Read] = []
+    known = ""
+    aggregate_id: AggregateId = known
+    for (
+        position,
+        version,
+        recorded_at,
+        occurred_at,
+        event_id,
+        schema_version,
+        event_type,
+        aggregate_type,
+        id_text,
+        metadata,
+        payload,
+    ) in rows:
+        if id_text != known:
+            known = id_text
+            aggregate_id = aggregate_id_of(known)
+        events.append(
+            decode_stored(
+                event_id,
+                event_type,
+                aggregate_id,
+                aggregate_type,
+                version,
+                position,
+                recorded_at,
+                occurred_at,
+                metadata,
+                schema_version,
+                payload,
+            )
+        )
+    return events
+
+
+def by_id(rows: Sequence[Row]) -> dict[UUID, Read]:
+    return {row[4]: event for row, event in zip(rows, decode_rows(rows), strict=True)}

@@ -1,0 +1,155 @@
+"""The end of the order that readers may go to, and who waits for it to grow.
+
+- A reader goes as far as `es.safe_position` says and no further; the signal keeps the last answer.
+- A hint, by NOTIFY or from an append of this store, only makes somebody look. It may be lost: then
+  the next look comes after `poll_every` seconds.
+- There is no task: of those who wait, one watches for the others. It has the one connection that
+  listens, and asks there too, so that it finds out when the connection is dead.
+- Writers send a hint after their commit, and not again within a few milliseconds; so a watcher that
+  was hinted, or found something, looks again soon, and then less and less often.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+import anyio
+
+from ..signal import AppendSignal
+from .driver import Connection, Driver, DriverError
+from .pool import Pool
+from .statements import Statements
+
+_HINT_EVERY = 0.01
+_SOON = 0.001
+_FIRST_RETRY, _LONGEST_RETRY = 0.1, 30.0
+
+
+class Tail:
+    def __init__(
+        self,
+        driver: Driver,
+        pool: Pool,
+        statements: Statements,
+        signal: AppendSignal,
+        channel: str,
+        poll_every: float,
+    ) -> None:
+        self._driver = driver
+        self._pool = pool
+        self._statements = statements
+        self._signal = signal
+        self._channel = channel
+        self._poll_every = poll_every
+        self._watched = False
+        self._watching: anyio.CancelScope | None = None
+        self._listening: Connection | None = None
+        self._retry_at = 0.0
+        self._retry_after = _FIRST_RETRY
+        self._pause = _SOON
+        self._hinted = -1.0
+        self._closed = False
+
+    async def safe_position(self) -> int:
+        """What is safe now, asked of the server."""
+        return await self._ask(self._pool)
+
+    async def wait(self, after: int) -> None:
+        """Return when a position beyond this one may be safe, or the server cannot be asked."""
+        while self._signal.position <= after and not self._closed:
+            if self._watched:
+                await self._signal.wait(after)
+                continue
+            self._watched = True
+            try:
+                if not await self._watch():
+                    return  # the reader reads, and is told
+            finally:
+                self._watched = False
+                self._signal.wake()  # somebody else has to watch
+        await self._signal.wait(after)
+
+    def look(self) -> None:
+        """An append of this store was committed: have whoever watches look at once."""
+        self._pause = _SOON
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def hint(self, connection: Connection | Pool) -> None:
+        """Tell everybody, in this process and others, that an append was committed."""
+        self.look()
+        now = monotonic()
+        if now - self._hinted < _HINT_EVERY:
+            return
+        self._hinted = now
+        try:
+            await connection.fetch(f"NOTIFY {self._channel}")
+        except DriverError:
+            return  # a hint may be lost
+
+    async def close(self) -> None:
+        self._closed = True
+        listening, self._listening = self._listening, None
+        self.look()
+        if listening is not None:
+            await listening.close()
+
+    async def _watch(self) -> bool:
+        """Wait for a hint or a while, and look; false if the server could not be asked."""
+        listening = await self._listen()
+        with anyio.move_on_after(self._pause) as self._watching:
+            if listening is None:
+                await anyio.sleep_forever()
+            else:
+                await listening.heard()
+                self._pause = _SOON
+        self._watching = None
+        self._pause = min(max(2 * self._pause, _SOON), self._poll_every)
+        if self._closed:
+            return True
+        try:
+            await self._ask(listening or self._pool)
+        except DriverError:
+            self._drop()
+            return False
+        return True
+
+    async def _ask(self, connection: Connection | Pool) -> int:
+        known = self._signal.position
+        ((position,),) = await connection.fetch(self._statements.safe_position, known)
+        if position > known:
+            self._pause = _SOON
+            self._signal.advance(position)
+        return self._signal.position
+
+    async def _listen(self) -> Connection | None:
+        """The connection that listens; None as long as there cannot be one."""
+        if self._listening is not None:
+            if self._listening.usable:
+                return self._listening
+            self._drop()
+        if monotonic() < self._retry_at:
+            return None
+        connection: Connection | None = None
+        try:
+            connection = await self._driver.connect()
+            await connection.listen(self._channel)
+        except DriverError:
+            self._retry_at = monotonic() + self._retry_after
+            self._retry_after = min(2 * self._retry_after, _LONGEST_RETRY)
+            if connection is not None:
+                connection.abandon()
+            return None
+        except BaseException:
+            if connection is not None:
+                connection.abandon()
+            raise
+        self._listening = connection
+        self._retry_after = _FIRST_RETRY
+        self._pause = 0.0  # what came before it listened has to be looked for
+        return connection
+
+    def _drop(self) -> None:
+        if self._listening is not None:
+            self._listening.abandon()
+            self._listening = None
