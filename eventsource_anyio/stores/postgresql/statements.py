@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from ...ids import AggregateId, uuid_of
 from ..reading import PageRequest
-from ..records import Append, AppendResult, EncodedEvent, ExpectedVersion, Read, decode_stored
+from ..records import Append, AppendResult, ExpectedVersion, Read, decode_stored
 from .driver import Row
 from .schema import Schema, migrations
 

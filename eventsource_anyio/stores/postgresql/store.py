@@ -6,30 +6,31 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from random import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from attrs import frozen
 
 from ...cleanup import shielded_cleanup
-from ...errors import StorageError, StoreClosedError
+from ...errors import StoreClosedError
 from ...guest import Guest
 from ...ids import AggregateId
 from ...repositories.outbox import StoredMessage, decode_message
 from ..interface import Append, AppendResult, EventStore, Page, PageRequest, Step
 from ..signal import AppendSignal
-from ..transaction import Write
+from ..transaction import Transaction, Write
 from .asyncpg_driver import AsyncpgDriver, connect_by_dsn, connect_by_engine, engine_by_dsn
-from .driver import Connection, Driver, DriverError, Row
+from .driver import Driver, DriverError, Row
 from .failures import storage_error
 from .group_commit import UNIQUE, Lane
+from .migrating import check, migrate
 from .pool import Pool
-from .schema import Schema, migrations
+from .schema import Schema
 from .statements import LARGEST, Statements, by_id, decode_rows
 from .tail import Tail
 from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit
-from .writing import append_together, outcome, write_steps
+from .writing import append_at_once, outcome, write_at_once, write_steps
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -112,7 +113,7 @@ class PostgreSQLEventStore(EventStore):
             try:
                 connection = await driver.connect()
                 try:
-                    await _migrate(connection, self._schema, role)
+                    await migrate(connection, self._schema, role)
                 except BaseException:
                     connection.abandon()  # and with it, its transaction
                     raise
@@ -120,9 +121,11 @@ class PostgreSQLEventStore(EventStore):
             except DriverError as error:
                 raise storage_error(error) from error
 
-    def transaction(
-        self, *, within: AsyncSession | AsyncConnection | None = None
-    ) -> PostgreSQLTransaction:
+    @overload
+    def transaction(self) -> PostgreSQLTransaction: ...
+    @overload
+    def transaction(self, *, within: AsyncSession | AsyncConnection) -> Transaction: ...
+    def transaction(self, *, within: AsyncSession | AsyncConnection | None = None) -> Transaction:
         """As `EventStore.transaction`, and with SQL in it: see `PostgreSQLTransaction`.
 
         With `within`, everything is written into the transaction of that session or connection at
@@ -131,9 +134,10 @@ class PostgreSQLEventStore(EventStore):
         subscription hears of them within `poll_every` seconds.
         """
         state = self._opened()
-        write = self._write if within is None else self._write_within(within)
+        if within is not None:
+            return Transaction(self._write_within(within), self._checkpoint, self._pending)
         return PostgreSQLTransaction(
-            write,
+            self._write,
             self._checkpoint,
             self._pending,
             self._write_in,
@@ -174,7 +178,7 @@ class PostgreSQLEventStore(EventStore):
             stack.push_async_callback(pool.close)
             statements = Statements(self._schema)
             try:
-                channel = await _check(pool, statements, self._schema)
+                channel = await check(pool, statements, self._schema)
             except DriverError as error:
                 raise storage_error(error) from error
             signal = AppendSignal()
@@ -222,12 +226,13 @@ class PostgreSQLEventStore(EventStore):
         state = self._opened()
         await checkpoint_if_cancelled()
         appends = [step for step in steps if isinstance(step, Append)]
+        writing = (state.pool, state.tail, state.statements)
         while True:
             try:
                 if len(appends) == len(steps):
-                    results = await _append_at_once(state, appends)
+                    results = await append_at_once(*writing, appends)
                 else:
-                    results = await _write_at_once(state, steps)
+                    results = await write_at_once(*writing, steps)
             except DriverError as error:
                 if error.sqlstate != UNIQUE or not appends:
                     raise storage_error(error, unknown=error.lost) from error
@@ -340,96 +345,3 @@ def _bounds(request: PageRequest) -> tuple[int, int]:
     if request.backwards:
         low, high = high, low
     return min(low or 0, LARGEST), LARGEST if high is None else min(high, LARGEST)
-
-
-async def _append_at_once(
-    state: _Opened, appends: Sequence[Append]
-) -> Sequence[AppendResult] | None:
-    """All of them in one call, or none; None if a stream of theirs is busy."""
-    connection = await state.pool.acquire()
-    try:
-        with shielded_cleanup() as scope:
-            try:
-                results = await append_together(
-                    connection.fetch, state.statements, appends, wait=False
-                )
-            except DriverError as error:
-                if not error.lost:
-                    raise
-                connection = await state.pool.replace(connection)
-                results = await append_together(
-                    connection.fetch, state.statements, appends, wait=False
-                )
-            if results is not None:
-                await state.tail.hint(connection)
-            return results
-        assert scope.cancelled_caught
-        connection.abandon()
-        raise DriverError("there was no answer in time", lost=True)
-    finally:
-        state.pool.release(connection)
-
-
-async def _write_at_once(state: _Opened, steps: Sequence[Step]) -> Sequence[AppendResult]:
-    """A transaction of several calls; only its end is shielded."""
-    connection = await state.pool.acquire()
-    try:
-        await connection.run("BEGIN ISOLATION LEVEL READ COMMITTED")
-        results = await write_steps(connection.fetch, state.statements, steps)
-        with shielded_cleanup() as scope:
-            await connection.run("COMMIT")
-            await state.tail.hint(connection)
-        if scope.cancelled_caught:
-            connection.abandon()
-            raise DriverError("there was no answer to COMMIT in time", lost=True)
-        return results
-    except BaseException:
-        with shielded_cleanup() as scope:
-            await _roll_back(connection)
-        raise
-    finally:
-        state.pool.release(connection)
-
-
-async def _roll_back(connection: Connection) -> None:
-    try:
-        if connection.usable:
-            await connection.run("ROLLBACK")
-    except DriverError:
-        connection.abandon()
-
-
-async def _check(pool: Pool, statements: Statements, schema: Schema) -> str:
-    """Raise if this is no store that can be used; the name of its channel."""
-    ((migrated, events, encoding),) = await pool.fetch(statements.about)
-    if encoding != "UTF8":
-        raise StorageError(
-            f"The database's encoding is {encoding}, and events are stored as UTF8.\n"
-            "  Another encoding cannot hold every text.\n"
-            "  Create the database anew: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0."
-        )
-    version = (await pool.fetch(statements.version))[0][0] if migrated else 0
-    if version < statements.newest:
-        found = f"is at version {version}" if version else "holds no event store"
-        raise StorageError(
-            f"Schema {schema.name!r} {found}, and this program needs version {statements.newest}.\n"
-            "  Its tables and functions are made, and brought up to date, by migrations.\n"
-            "  Run `await store.migrate()` once, as a role that may create them."
-        )
-    return f"eventsource_{events}"
-
-
-async def _migrate(connection: Connection, schema: Schema, role: str | None) -> None:
-    await connection.run("BEGIN")
-    # One after another: those who come later find the work done.
-    await connection.fetch(
-        "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"migrate {schema!r}"
-    )
-    await connection.run(schema.beginning())
-    ((version,),) = await connection.fetch(Statements(schema).version)
-    for migration in migrations():
-        if migration.version > version:
-            await connection.run(schema.step(migration))
-    if role is not None:
-        await connection.run(schema.grants(role))
-    await connection.run("COMMIT")

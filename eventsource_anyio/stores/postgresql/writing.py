@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from ...cleanup import shielded_cleanup
 from ...errors import CheckpointConflictError
 from ...repositories.checkpoint import SaveCheckpoint
 from ...repositories.outbox import AddMessages, RemoveMessages
 from ..records import Append, AppendResult, Step
-from .driver import Row
+from .driver import Connection, DriverError, Row
+from .pool import Pool
 from .statements import (
     APPENDED,
     BUSY,
@@ -25,6 +27,7 @@ from .statements import (
     events_answers,
     events_values,
 )
+from .tail import Tail
 
 
 class Fetch(Protocol):
@@ -109,3 +112,58 @@ async def outcome(
             versions.stop - 1,
         )
     raise append.conflict(answer.version, [row[0] for row in types])
+
+
+async def append_at_once(
+    pool: Pool, tail: Tail, statements: Statements, appends: Sequence[Append]
+) -> Sequence[AppendResult] | None:
+    """All of them in one call, or none; None if a stream of theirs is busy."""
+    connection = await pool.acquire()
+    try:
+        with shielded_cleanup() as scope:
+            try:
+                results = await append_together(connection.fetch, statements, appends, wait=False)
+            except DriverError as error:
+                if not error.lost:
+                    raise
+                connection = await pool.replace(connection)
+                results = await append_together(connection.fetch, statements, appends, wait=False)
+            if results is not None:
+                await tail.hint(connection)
+            return results
+        assert scope.cancelled_caught
+        connection.abandon()
+        raise DriverError("there was no answer in time", lost=True)
+    finally:
+        pool.release(connection)
+
+
+async def write_at_once(
+    pool: Pool, tail: Tail, statements: Statements, steps: Sequence[Step]
+) -> Sequence[AppendResult]:
+    """A transaction of several calls; only its end is shielded."""
+    connection = await pool.acquire()
+    try:
+        await connection.run("BEGIN ISOLATION LEVEL READ COMMITTED")
+        results = await write_steps(connection.fetch, statements, steps)
+        with shielded_cleanup() as scope:
+            await connection.run("COMMIT")
+            await tail.hint(connection)
+        if scope.cancelled_caught:
+            connection.abandon()
+            raise DriverError("there was no answer to COMMIT in time", lost=True)
+        return results
+    except BaseException:
+        with shielded_cleanup() as scope:
+            await _roll_back(connection)
+        raise
+    finally:
+        pool.release(connection)
+
+
+async def _roll_back(connection: Connection) -> None:
+    try:
+        if connection.usable:
+            await connection.run("ROLLBACK")
+    except DriverError:
+        connection.abandon()
