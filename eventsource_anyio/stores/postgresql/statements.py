@@ -186,6 +186,7 @@ def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tup
             places += range(1, count + 1)
     # An array that is too short is filled up with NULL, so one that would hold nothing else is
     # left empty.
+    schema_versions = [event.schema_version for event in events]
     occurred = [event.occurred_at for event in events]
     metadata = [event.metadata_json for event in events]
     return (
@@ -198,7 +199,7 @@ def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tup
         places,
         [event.event_id for event in events],
         [event.event_type for event in events],
-        [event.schema_version for event in events],
+        [] if schema_versions.count(1) == len(events) else schema_versions,
         occurred if any(occurred) else [],
         metadata if any(metadata) else [],
         [event.payload for event in events],

@@ -131,8 +131,8 @@ $$;
 -- One element an append, in order: its stream, the number of the first append to the same stream
 -- (`same_as`, from 1), the expected version, how many events. One element an event, in order: the
 -- number of its append (`append`) and its place in it, from 1. Left empty, `same_as` means that all
--- streams differ, and `counts`, `append` and `place` that each append has one event, or that all
--- events are of the only append.
+-- streams differ; `counts`, `append` and `place` that each append has one event, or that all events
+-- are of the only append; `schema_versions` that all are 1.
 -- `versions` are those of the streams before each append, `given` the positions of the events of
 -- the appends with status 0, in order.
 CREATE FUNCTION es.append_events(
@@ -197,8 +197,9 @@ BEGIN
         WITH inserted AS (
             INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
                 event_type, aggregate_type, aggregate_id, metadata, payload)
-            SELECT versions[coalesce(u.append, u.nth)] + coalesce(u.place, 1), recorded, u.occurred, u.event_id, u.schema_version,
-                u.event_type, stream.kind, stream.id, u.metadata, u.payload
+            SELECT versions[coalesce(u.append, u.nth)] + coalesce(u.place, 1), recorded,
+                u.occurred, u.event_id, coalesce(u.schema_version, 1), u.event_type,
+                stream.kind, stream.id, u.metadata, u.payload
             FROM unnest(append, place, event_ids, event_types, schema_versions, occurred, metadatas,
                 payloads) WITH ORDINALITY u(append, place, event_id, event_type, schema_version,
                 occurred, metadata, payload, nth)
@@ -214,8 +215,9 @@ BEGIN
         WITH inserted AS (
             INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
                 event_type, aggregate_type, aggregate_id, metadata, payload)
-            SELECT version + u.place, recorded, u.occurred, u.event_id, u.schema_version,
-                u.event_type, aggregate_types[1], aggregate_ids[1], u.metadata, u.payload
+            SELECT version + u.place, recorded, u.occurred, u.event_id,
+                coalesce(u.schema_version, 1), u.event_type, aggregate_types[1], aggregate_ids[1],
+                u.metadata, u.payload
             FROM unnest(event_ids, event_types, schema_versions, occurred, metadatas, payloads)
                 WITH ORDINALITY u(event_id, event_type, schema_version, occurred, metadata, payload,
                 place)
