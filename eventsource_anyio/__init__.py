@@ -33,6 +33,7 @@ from .stores.interface import (
     Subscription,
     Transaction,
 )
+from .stores.postgresql import PostgreSQLEventStore
 from .stores.sqlite import SQLiteEventStore
 from .sync import SyncRunner
 
@@ -63,6 +64,7 @@ __all__ = [
     "NewEvent",
     "OutboxMessage",
     "OutboxRepository",
+    "PostgreSQLEventStore",
     "ReadOptions",
     "SQLiteEventStore",
     "StorageError",

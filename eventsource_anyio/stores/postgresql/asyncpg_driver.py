@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import anyio
 
 from ...cleanup import shielded_cleanup
-from ...guest import Guest
 from .driver import Connection, Driver, DriverError, Row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from ...guest import Guest
 
 
 _GRACE = 0.5

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 from random import random
 from typing import TypeAlias
+from uuid import UUID
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -33,6 +34,7 @@ from .pool import Pool
 from .statements import (
     APPENDED,
     BUSY,
+    CONFLICT,
     KNOWN,
     Answer,
     Statements,
@@ -55,7 +57,7 @@ _Stream: TypeAlias = tuple[str, AggregateId]
 
 
 class _Job:
-    __slots__ = ("answer", "append", "batch", "error", "settled", "stream", "withdrawn")
+    __slots__ = ("answer", "append", "batch", "error", "settled", "stream", "unknown", "withdrawn")
 
     batch: _Batch  # set as soon as it is queued
 
@@ -64,6 +66,7 @@ class _Job:
         self.stream: _Stream = (append.aggregate_type, append.aggregate_id)
         self.settled = False
         self.withdrawn = False
+        self.unknown = False  # whether it was stored, where there is an error
         self.answer: Answer | None = None
         self.error: BaseException | None = None
 
@@ -136,35 +139,35 @@ class Lane:
         self._current: _Batch | None = None  # is being sent, or about to be
         self._waiting: deque[_Batch] = deque()
         self._aside: dict[_Stream, _Batch] = {}  # behind one that asks again
+        self._door = anyio.Lock()  # where they wait in order if there is no room
         self._room = _Change()
         self._closed = ""
 
     async def append(self, append: Append) -> Answer:
         """What became of it. Cancelled, nothing was stored, or it raises nothing."""
         await checkpoint_if_cancelled()
-        while len(self._waiting) >= _BATCHES_AT_MOST:
-            await self._room.wait()
         job = _Job(append)
-        aside = self._aside.get(job.stream)
-        if aside is None:
-            self._enqueue(job)
+        if len(self._waiting) < _BATCHES_AT_MOST and not self._door.locked():
+            self._queue(job)
         else:
-            aside.hold(job)
-        answer = await self._outcome(job)
-        if answer.status != BUSY:
-            return answer
-        # This job has its stream to itself now: those behind it are set aside.
+            async with self._door:  # one at a time: whoever came first goes first
+                while len(self._waiting) >= _BATCHES_AT_MOST:
+                    await self._room.wait()
+                self._queue(job)
         pause = _FIRST_PAUSE
         try:
+            answer = await self._outcome(job)
             while answer.status == BUSY:
+                # This job has its stream to itself now: those behind it are set aside.
                 await anyio.sleep(pause * (0.5 + random()))  # noqa: S311  (no secret)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 job.settled = False
                 self._enqueue(job)
                 answer = await self._outcome(job)
+            return answer
         finally:
-            self._bring_back(job.stream)
-        return answer
+            if self._aside:
+                self._bring_back(job)
 
     def close(self, store: str) -> None:
         """Refuse what waits. What was sent is finished."""
@@ -180,6 +183,13 @@ class Lane:
         self._room.happened()
 
     # The queue ---------------------------------------------------------------------------------
+
+    def _queue(self, job: _Job) -> None:
+        aside = self._aside.get(job.stream)
+        if aside is None:
+            self._enqueue(job)
+        else:
+            aside.hold(job)
 
     def _enqueue(self, job: _Job) -> None:
         if self._closed:
@@ -207,27 +217,29 @@ class Lane:
         self._room.happened()
 
     def _set_aside(self, job: _Job) -> None:
-        """Its stream is busy. The first such job asks again; the others wait behind it."""
-        aside = self._aside.get(job.stream)
-        if aside is None:
+        """Its stream is busy: it asks again, and the others wait behind it, in their order."""
+        if job.stream not in self._aside:
             self._aside[job.stream] = aside = _Batch()
-            # Those that are queued already are later ones.
+            aside.leader = job
+            for later in _to_send(job.batch.jobs):
+                if later.stream == job.stream and later is not job:
+                    aside.hold(later)
             for batch in self._waiting:
                 for later in [one for one in batch.jobs if one.stream == job.stream]:
                     self._take_out(later)
                     aside.hold(later)
-            aside.leader = job
-        if aside.leader is job:
-            job.answer = Answer(BUSY, 0)
-            job.settled = True
-        else:
-            aside.hold(job)
+        job.answer = Answer(BUSY, 0)
+        job.settled = True
 
-    def _bring_back(self, stream: _Stream) -> None:
-        aside = self._aside.pop(stream, None)
-        if aside is not None and not self._closed:
-            for job in aside.jobs:
-                self._enqueue(job)
+    def _bring_back(self, job: _Job) -> None:
+        """It asks no more: let those who wait behind it do so."""
+        aside = self._aside.get(job.stream)
+        if aside is None or aside.leader is not job:
+            return
+        del self._aside[job.stream]
+        if not self._closed:
+            for later in aside.jobs:
+                self._enqueue(later)
             aside.changed.happened()
 
     def _take_out(self, job: _Job) -> None:
@@ -258,8 +270,8 @@ class Lane:
                     await self._settled(job)
             cancelled = isinstance(error, anyio.get_cancelled_exc_class())
             scope_cancelled = anyio.current_effective_deadline() == -inf
-            stored = job.answer is not None and job.answer.status == APPENDED
-            if job.error is not None or not (stored and cancelled and scope_cancelled):
+            stored = job.answer is not None and job.answer.status in (APPENDED, KNOWN)
+            if not (cancelled and scope_cancelled and (stored or job.unknown)):
                 raise
             # It was stored, so that is the outcome, as if it had been shielded. The scope that was
             # cancelled still is, and raises at the next checkpoint.
@@ -314,8 +326,8 @@ class Lane:
 
     def _send_again(self, batch: _Batch, leader: _Job) -> None:
         again = _Batch()
-        for job in batch.jobs:
-            if not job.settled and job is not leader:
+        for job in _to_send(batch.jobs):
+            if job is not leader:
                 again.add(job)
         if again.jobs:
             self._waiting.appendleft(again)
@@ -334,12 +346,17 @@ class Lane:
             connection.abandon()
             try:
                 connection = await self._pool.replace(connection)
-                await self._settle(connection, [job for job in jobs if not job.settled])
+                await self._settle(connection, _to_send(jobs))
             except DriverError as again:
                 self._fail(jobs, again if again.sqlstate else error)
+            except BaseException:
+                connection.abandon()
+                raise
         return connection
 
     async def _settle(self, connection: Connection, jobs: Sequence[_Job]) -> None:
+        if not jobs:
+            return
         try:
             answers = await self._ask(connection, [job.append for job in jobs])
         except DriverError as error:
@@ -348,24 +365,31 @@ class Lane:
                 answers = [Answer(KNOWN, 0)]
             elif len(jobs) > 1 and error.sqlstate.startswith(_OF_ONE):
                 for job in jobs:
-                    await self._settle(connection, [job])
+                    await self._settle(connection, _to_send([job]))
                 return
             elif len(jobs) > 1 and error.sqlstate == _LOCK_TABLE_FULL:
                 half = len(jobs) // 2
                 await self._settle(connection, jobs[:half])
-                await self._settle(connection, jobs[half:])
+                await self._settle(connection, _to_send(jobs[half:]))
                 return
             elif error.lost:
                 raise
             else:
                 self._fail(jobs, error)
                 return
+        stored: set[UUID] | None = None
         for job, answer in zip(jobs, answers, strict=True):
             if answer.status == BUSY:
-                self._set_aside(job)
-            else:
-                job.answer = answer
-                job.settled = True
+                if job.batch.sent:
+                    self._set_aside(job)
+                continue
+            if answer.status == CONFLICT:
+                if stored is None:
+                    stored = _stored(jobs, answers)
+                if any(event.event_id in stored for event in job.append.events):
+                    answer = Answer(KNOWN, 0)  # it repeats one of the same batch
+            job.answer = answer
+            job.settled = True
 
     async def _ask(self, connection: Connection, appends: Sequence[Append]) -> Sequence[Answer]:
         statements = self._statements
@@ -379,7 +403,21 @@ class Lane:
     def _fail(
         self, jobs: Sequence[_Job], error: DriverError, *, unknown: bool | None = None
     ) -> None:
-        for job in jobs:
-            if not job.settled:
-                job.error = storage_error(error, unknown=error.lost if unknown is None else unknown)
-                job.settled = True
+        for job in _to_send(jobs):
+            job.unknown = error.lost if unknown is None else unknown
+            job.error = storage_error(error, unknown=job.unknown)
+            job.settled = True
+
+
+def _stored(jobs: Sequence[_Job], answers: Sequence[Answer]) -> set[UUID]:
+    return {
+        event.event_id
+        for job, answer in zip(jobs, answers, strict=True)
+        if answer.status == APPENDED
+        for event in job.append.events
+    }
+
+
+def _to_send(jobs: Sequence[_Job]) -> list[_Job]:
+    """Those of a batch that is being sent that are not settled, nor set aside meanwhile."""
+    return [job for job in jobs if not job.settled and job.batch.sent]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
 import attrs
 
@@ -29,6 +28,8 @@ class Migration:
 
 @cache
 def migrations() -> Sequence[Migration]:
+    from importlib.resources import files  # slow to import
+
     found = [
         Migration(int(file.name[:4]), file.name[5:-4], file.read_text(encoding="utf-8"))
         for file in files("eventsource_anyio.stores.postgresql").joinpath("sql").iterdir()

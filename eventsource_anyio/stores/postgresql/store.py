@@ -14,7 +14,6 @@ from attrs import frozen
 
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
-from ...guest import Guest
 from ...ids import AggregateId
 from ...repositories.outbox import StoredMessage, decode_message
 from ..interface import Append, AppendResult, EventStore, Page, PageRequest, Step
@@ -34,6 +33,8 @@ from .writing import append_at_once, outcome, write_at_once, write_steps
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+    from ...guest import Guest
 
 _LANES = 2
 _PAUSE = 0.01
@@ -106,7 +107,7 @@ class PostgreSQLEventStore(EventStore):
         read and to append, but not to change or delete an event. `migration_sql` prints it.
         """
         async with AsyncExitStack() as stack:
-            guest = self._state.guest if self._state else self._guest or Guest()
+            guest = self._state.guest if self._state else self._guest or _new_guest()
             if self._state is None and guest is not self._guest:
                 await stack.enter_async_context(guest)
             driver = self._driver(guest)
@@ -170,7 +171,7 @@ class PostgreSQLEventStore(EventStore):
             raise RuntimeError(f"this {type(self).__name__} is open already")
         name = type(self).__name__
         async with AsyncExitStack() as stack:
-            guest = self._guest or Guest()
+            guest = self._guest or _new_guest()
             if guest is not self._guest:
                 await stack.enter_async_context(guest)
             driver = self._driver(guest)
@@ -345,3 +346,9 @@ def _bounds(request: PageRequest) -> tuple[int, int]:
     if request.backwards:
         low, high = high, low
     return min(low or 0, LARGEST), LARGEST if high is None else min(high, LARGEST)
+
+
+def _new_guest() -> Guest:
+    from ...guest import Guest  # it imports asyncio, which a Trio program may do without
+
+    return Guest()

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from ...cleanup import shielded_cleanup
-from ...guest import Guest
 from ..records import AppendResult, Step
 from ..transaction import ReadCheckpoint, ReadPending, Transaction, Write
 from .asyncpg_driver import RawConnection, translated
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable, Result
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
     from sqlalchemy.orm import Session
+
+    from ...guest import Guest
 
 P = ParamSpec("P")
 T = TypeVar("T")
