@@ -54,18 +54,21 @@ class Statements:
         )
         self.by_ids = sql(f"SELECT {_COLUMNS} FROM es.events WHERE event_id = ANY ($1)")  # noqa: S608
         self.types_between = sql(
-            "SELECT event_type FROM es.events WHERE aggregate_id = $1 AND aggregate_type = $2 "
-            "AND version BETWEEN $3 AND $4 ORDER BY version"
+            "SELECT event_type FROM es.events WHERE (aggregate_id, aggregate_type, version) "
+            "BETWEEN ($1, $2, $3::bigint) AND ($1, $2, $4::bigint) "
+            "ORDER BY aggregate_id, aggregate_type, version"
         )
         # A loose scan: the types of an id, however many events each has.
         self.aggregate_types = sql(
-            "WITH RECURSIVE found(kind) AS ("
-            "(SELECT aggregate_type FROM es.events WHERE aggregate_id = $1 "
-            "ORDER BY aggregate_type LIMIT 1) UNION ALL "
-            "SELECT (SELECT e.aggregate_type FROM es.events e WHERE e.aggregate_id = $1 "
-            "AND e.aggregate_type > found.kind ORDER BY e.aggregate_type LIMIT 1) "
-            "FROM found WHERE found.kind IS NOT NULL) "
-            "SELECT kind FROM found WHERE kind IS NOT NULL"
+            "WITH RECURSIVE found(id, kind) AS ("
+            "(SELECT aggregate_id, aggregate_type FROM es.events "
+            "WHERE (aggregate_id, aggregate_type) >= ($1, '') "
+            "ORDER BY aggregate_id, aggregate_type LIMIT 1) UNION ALL "
+            "SELECT next.* FROM found CROSS JOIN LATERAL "
+            "(SELECT aggregate_id, aggregate_type FROM es.events "
+            "WHERE (aggregate_id, aggregate_type) > ($1, found.kind) "
+            "ORDER BY aggregate_id, aggregate_type LIMIT 1) next WHERE found.id = $1) "
+            "SELECT kind FROM found WHERE id = $1"
         )
         self.safe_position = sql("SELECT es.safe_position($1)")
         self.checkpoint = sql("SELECT position FROM es.checkpoints WHERE name = $1")
@@ -92,7 +95,6 @@ class Statements:
 
     def page(self, request: PageRequest, low: int, high: int) -> tuple[str, tuple[object, ...]]:
         """The statement of a page between two versions or positions, and its values."""
-        order = "position" if request.stream is None else "version"
         values: list[object] = [low, high, min(request.limit, LARGEST)]
         if request.stream is not None:
             values += (request.stream[0], str(request.stream[1]))
@@ -108,16 +110,19 @@ class Statements:
         )
         statement = self._pages.get(key)
         if statement is None:
-            statement = self._pages[key] = self._page(order, *key)
+            statement = self._pages[key] = self._page(*key)
         return statement, tuple(values)
 
-    def _page(
-        self, order: str, whole: bool, backwards: bool, event_types: bool, aggregate_types: bool
-    ) -> str:
-        where = [f"{order} BETWEEN $1 AND $2"]
-        last = 3
-        if not whole:
-            where.append("aggregate_type = $4 AND aggregate_id = $5")
+    def _page(self, whole: bool, backwards: bool, event_types: bool, aggregate_types: bool) -> str:
+        if whole:
+            where = ["position BETWEEN $1 AND $2"]
+            by = "position"
+            last = 3
+        else:
+            # By rows, for the sake of the index: see sql/0001_events.sql.
+            bounds = "($5, $4, $1::bigint) AND ($5, $4, $2::bigint)"
+            where = [f"(aggregate_id, aggregate_type, version) BETWEEN {bounds}"]
+            by = "aggregate_id {0}, aggregate_type {0}, version"
             last = 5
         filters: list[tuple[str, int]] = []
         for column, given in (("event_type", event_types), ("aggregate_type", aggregate_types)):
@@ -125,7 +130,7 @@ class Statements:
                 last += 1
                 filters.append((column, last))
         direction = "DESC" if backwards else "ASC"
-        ordered = f"ORDER BY {order} {direction} LIMIT $3"
+        ordered = f"ORDER BY {by.format(direction)} {direction} LIMIT $3"
         if not whole or not filters:
             where += [f"{column} = ANY (${number}::text[])" for column, number in filters]
             return self.schema.sql(

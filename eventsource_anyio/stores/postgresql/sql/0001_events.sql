@@ -6,6 +6,10 @@
 -- position up to its answer can become visible later. Shared locks wait for nobody, so this order
 -- costs writers nothing. The sequence must keep CACHE 1.
 --
+-- A stream is looked up by comparing rows, which only the index on its versions can do: with `=`, a
+-- planner whose statistics know nothing of a new aggregate type takes the index on the type, and
+-- reads all of its events.
+--
 -- Why versions of a stream are in the order of positions: an append holds its stream's lock before
 -- it looks for the version, and takes its positions afterwards.
 
@@ -102,9 +106,12 @@ BEGIN
     END IF;
     -- In a snapshot of its own: what was committed before the lock was had is seen.
     version := coalesce((
-        SELECT e.version FROM es.events e
-        WHERE e.aggregate_id = aggregate_id AND e.aggregate_type = aggregate_type
-        ORDER BY e.version DESC LIMIT 1), 0);
+        SELECT CASE WHEN e.aggregate_id = aggregate_id AND e.aggregate_type = aggregate_type
+            THEN e.version END
+        FROM es.events e
+        WHERE (e.aggregate_id, e.aggregate_type, e.version)
+            <= (aggregate_id, aggregate_type, 9223372036854775807)
+        ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1), 0);
     IF version <> expected THEN
         IF (version > 0 OR expected <> -1) AND EXISTS (
                 SELECT FROM es.events e WHERE e.event_id = event_id) THEN
@@ -162,9 +169,12 @@ BEGIN
             INTO free FROM unnest(aggregate_types, aggregate_ids) u(kind, id);
     END IF;
     SELECT array_agg(coalesce((
-            SELECT e.version FROM es.events e
-            WHERE e.aggregate_id = u.id AND e.aggregate_type = u.kind
-            ORDER BY e.version DESC LIMIT 1), 0))
+            SELECT CASE WHEN e.aggregate_id = u.id AND e.aggregate_type = u.kind
+                THEN e.version END
+            FROM es.events e
+            WHERE (e.aggregate_id, e.aggregate_type, e.version)
+                <= (u.id, u.kind, 9223372036854775807)
+            ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1), 0))
         INTO versions FROM unnest(aggregate_types, aggregate_ids) u(kind, id);
     IF EXISTS (SELECT FROM unnest(versions, expected) u(now, asked)
             WHERE u.now <> u.asked AND (u.now > 0 OR u.asked <> -1)) THEN

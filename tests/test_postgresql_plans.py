@@ -1,0 +1,61 @@
+"""The indexes that PostgreSQL takes, where its statistics mislead it or say nothing."""
+
+from __future__ import annotations
+
+import asyncpg  # type: ignore[import-untyped]
+import attrs
+import pytest
+
+from eventsource_anyio import ANY, DomainEvent, PostgreSQLEventStore, ReadOptions
+
+# asyncpg is used beside the store, and it is the server that is asked: one event loop is enough.
+pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")
+
+
+@attrs.frozen
+class Counted(DomainEvent):
+    number: int
+
+
+FILL = """
+INSERT INTO eventsource.events (version, recorded_at, event_id, schema_version, event_type,
+    aggregate_type, aggregate_id, payload)
+SELECT 1, now(), gen_random_uuid(), 1, 'Counted', $1, $1 || n, '{"number":1}'
+FROM generate_series(1, 20000) n
+"""
+SCANS = """
+SELECT indexrelname, idx_scan FROM pg_stat_all_indexes WHERE schemaname = 'eventsource'
+"""
+
+
+async def test_a_stream_is_found_by_its_own_index(postgresql_dsn: str) -> None:
+    """Also when the statistics know nothing of its aggregate type, which has many events."""
+    store = PostgreSQLEventStore(postgresql_dsn, connections=1)
+    await store.migrate()
+    connection = await asyncpg.connect(postgresql_dsn)
+    await connection.execute("ALTER TABLE eventsource.events SET (autovacuum_enabled = false)")
+    await connection.execute(FILL, "Known")
+    await connection.execute("ANALYZE eventsource.events")
+    await connection.execute(FILL, "New")
+    await connection.execute("SELECT pg_stat_reset()")
+    async with store:
+        for number in range(8):  # more than the five times that a plan is made for its values
+            await store.append_events("New9", "New", [Counted(number)], ANY)
+            await store.append_events("New8", "New", [Counted(1), Counted(2)], ANY)
+            async with store.transaction() as tx:
+                await tx.append_events("New7", "New", [Counted(number)], ANY)
+                await tx.append_events(f"6-{number}", "New", [Counted(number)], 0)
+            assert len(await store.get_events("New9")) == number + 2
+            backwards = ReadOptions(backwards=True, limit=1, event_types=(Counted,))
+            async for stored in store.read_stream("New-New8", backwards):
+                assert stored.version == 2 * number + 3
+    # Closed: the server's process reports what it did before it ends, and is waited for.
+    while await connection.fetchval(
+        "SELECT count(*) > 1 FROM pg_stat_activity WHERE datname = current_database()"
+    ):
+        pass
+    scans = dict(await connection.fetch(SCANS))
+    await connection.close()
+    assert scans["events_version"] >= 8 * 6
+    assert scans["events_aggregate_type"] == 0
+    assert scans["events_event_type"] == 0
