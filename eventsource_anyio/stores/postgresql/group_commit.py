@@ -44,7 +44,7 @@ from .statements import (
     events_values,
 )
 
-_APPENDS_AT_MOST = 250  # each holds an entry of the server's lock table
+_APPENDS_AT_MOST = 128  # each holds an entry of the lock table, which all processes share
 _EVENTS_AT_MOST = 2000
 _BATCHES_AT_MOST = 100
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05

@@ -57,8 +57,8 @@ CREATE TRIGGER announce BEFORE INSERT ON es.events FOR EACH STATEMENT
     ) IS NULL)
     EXECUTE FUNCTION es.announced();
 
--- The highest position up to which every event is visible to any snapshot taken after this call, or
--- will never be. Nothing is looked for if no position beyond `known` was given out.
+-- The position of the last event up to which every event is visible to any snapshot taken after this
+-- call, or will never be. Nothing is looked for if no position beyond `known` was given out.
 CREATE FUNCTION es.safe_position(known bigint) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     given_out bigint;
@@ -84,7 +84,10 @@ BEGIN
         WHERE locktype = 'advisory' AND objsubid = 2
             AND classid = 'es.positions'::regclass::oid
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
-    RETURN least(given_out, announced);
+    -- The last event up to there, not the last number: one that was rolled back may be given out again
+    -- after a crash. What is visible is on disk, and so is what the sequence had given out by then.
+    RETURN coalesce((
+        SELECT max(e.position) FROM es.events e WHERE e.position <= least(given_out, announced)), 0);
 END
 $$;
 
