@@ -1,7 +1,8 @@
 """The documentation runs: the Python blocks of a page, one after another, on asyncio and on Trio.
 
 A `text` block directly after a Python block is what was printed since the one before it. A Python
-block after `<!-- not run -->` is only compiled.
+block after `<!-- not run -->` is only compiled. A page that names `DATABASE_URL` gets an empty
+PostgreSQL database under that name.
 """
 
 from __future__ import annotations
@@ -71,15 +72,18 @@ PAGES = {
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs_and_prints_what_it_says(page, backend, tmp_path):
+def test_page_runs_and_prints_what_it_says(page, backend, tmp_path, request):
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     run = [block for block in PAGES[page] if block.runs]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    if any("DATABASE_URL" in block.source for block in run):
+        environment["DATABASE_URL"] = request.getfixturevalue("postgresql_dsn")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, backend, page],
         input=json.dumps([(block.line, block.source) for block in run]),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        env=environment,
         capture_output=True,
         check=False,
         encoding="utf-8",
