@@ -174,4 +174,8 @@ class StoreClosedError(EventSourceError):
 
 
 class StorageError(EventSourceError):
-    """The database under a store failed. The failed call changed nothing."""
+    """The database under a store failed, and what that means for the call.
+
+    Nothing of it was stored, unless the message says that this is not known, because the answer was
+    lost. In either case the same call, with the same event ids, can be made again.
+    """

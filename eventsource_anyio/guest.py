@@ -70,6 +70,11 @@ class Guest:
             raise _not_open()
         return self._loop
 
+    @property
+    def inside(self) -> bool:
+        """Whether the caller is asyncio code that `run` runs on Trio: no place to wait for Trio."""
+        return self._pump is not None and self._pump.ticking
+
     async def __aenter__(self) -> Self:
         await checkpoint()
         if self._loop is not None:

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from eventsource_anyio.stores.postgresql import PostgreSQLEventStore
+from eventsource_anyio import ANY, PostgreSQLEventStore
 from eventsource_anyio.testing import EventStoreContract
+from eventsource_anyio.testing.samples import Happened
 
 
 class TestPostgreSQL(EventStoreContract):
@@ -17,3 +18,34 @@ class TestPostgreSQL(EventStoreContract):
         await store.migrate()
         async with store:
             yield store
+
+
+class TestLibpq(EventStoreContract):
+    @pytest.fixture
+    async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
+        store = PostgreSQLEventStore(postgresql_dsn, driver="psycopg")
+        await store.migrate()
+        async with store:
+            yield store
+
+
+async def test_inside_the_guest_the_store_refuses_to_wait(
+    postgresql_dsn: str, anyio_backend_name: str
+) -> None:
+    store = PostgreSQLEventStore(postgresql_dsn)
+    await store.migrate()
+    async with store:
+        calls = [
+            lambda: store.append_events("a", "Thing", [Happened(1)], ANY),
+            lambda: store.get_events("a", "Thing"),
+            store.last_position,
+            lambda: store.checkpoints.get("reader"),
+            lambda: anext(store.read_all()),
+        ]
+        for call in calls:
+            if anyio_backend_name == "trio":
+                with pytest.raises(RuntimeError, match="outside"):
+                    await store.guest.run(call())
+            else:  # where there is no inside
+                await store.guest.run(call())
+        assert (await store.append_events("a", "Thing", [Happened(2)], ANY)).version >= 1
