@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import attrs
 
-from eventsource_anyio import AggregateRoot, DomainEvent, applies
+from eventsource_anyio import AggregateId, AggregateRoot, DomainEvent, applies
 
 
 @attrs.frozen
@@ -28,6 +28,37 @@ PLACED = Placed(
     datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     "please ring twice, the dog is friendly",
 )
+
+
+KINDS: list[type[Placed]] = [
+    attrs.frozen(type(f"Placed{kind}", (Placed,), {"__module__": __name__})) for kind in range(8)
+]
+
+
+class Order(AggregateRoot):
+    """What it was worth: one event type, as cheap as folding can be."""
+
+    def __init__(self, aggregate_id: AggregateId) -> None:
+        super().__init__(aggregate_id)
+        self.amount = Decimal(0)
+
+    @applies(Placed)
+    def _placed(self, event: Placed) -> None:
+        self.amount += event.amount
+
+
+@attrs.frozen
+class Sent(DomainEvent):
+    """When it was given to the store, by the machine's monotonic clock; 0 to warm up."""
+
+    at: int
+
+
+@attrs.frozen
+class AllSent(DomainEvent):
+    """The last one: how many were sent before."""
+
+    count: int
 
 
 @attrs.frozen
