@@ -22,7 +22,9 @@ from types import TracebackType
 from typing import Final, Self, overload
 
 import attrs
+from msgspec.structs import replace
 
+from ..errors import EventDecodeError
 from ..events import DomainEvent, NewEvent, StoredEvent, registered
 from ..ids import (
     AggregateId,
@@ -236,8 +238,15 @@ class EventStore(ABC):
         options = ReadOptions(from_version=from_version, batch_size=1000)
         request = _stream_request(check_aggregate_type(aggregate_type), aggregate_id, options)
         events: list[StoredEvent] = []
-        async for event in EventIterator(self._read, request, None):
-            events.append(event)  # noqa: PERF401  (an async comprehension costs more)
+        at_end = False
+        while not at_end:  # by the page: an iterator costs an await for each event
+            page = await self._read(request)
+            for event in page.events:
+                if isinstance(event, EventDecodeError):
+                    raise event
+                events.append(event)
+            request = replace(request, start=page.resume)
+            at_end = page.at_end
         version = events[-1].version if events else 0
         if not events and from_version > 1:
             last = attrs.evolve(options, from_version=0, backwards=True, limit=1)

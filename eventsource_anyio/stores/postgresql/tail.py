@@ -5,12 +5,14 @@
   the next look comes after `poll_every` seconds.
 - There is no task: of those who wait, one watches for the others. It has the one connection that
   listens, and asks there too, so that it finds out when the connection is dead.
-- Writers send a hint after their commit, and not again within a few milliseconds; so a watcher that
-  was hinted, or found something, looks again soon, and then less and less often.
+- Writers send a hint after their commit, and not again within `_HINT_EVERY` seconds; so a watcher
+  that was hinted, or found something, goes on looking for somewhat longer than that, and then less
+  and less often.
 """
 
 from __future__ import annotations
 
+from math import inf
 from time import monotonic
 
 import anyio
@@ -21,7 +23,8 @@ from .pool import Pool
 from .statements import Statements
 
 _HINT_EVERY = 0.01
-_SOON = 0.001
+_AWAKE = 1.5 * _HINT_EVERY
+_SOON = 0.0015
 _FIRST_RETRY, _LONGEST_RETRY = 0.1, 30.0
 
 
@@ -46,8 +49,8 @@ class Tail:
         self._listening: Connection | None = None
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
-        self._pause = _SOON
-        self._hinted = -1.0
+        self._stirred = -inf  # when there was something to look for
+        self._hinted = -inf
         self._closed = False
 
     async def safe_position(self) -> int:
@@ -71,7 +74,7 @@ class Tail:
 
     def look(self) -> None:
         """An append of this store was committed: have whoever watches look at once."""
-        self._pause = _SOON
+        self._stirred = monotonic()
         if self._watching is not None:
             self._watching.cancel()
 
@@ -96,15 +99,19 @@ class Tail:
 
     async def _watch(self) -> bool:
         """Wait for a hint or a while, and look; false if the server could not be asked."""
+        before = self._listening
         listening = await self._listen()
-        with anyio.move_on_after(self._pause) as self._watching:
+        idle = monotonic() - self._stirred
+        pause = _SOON if idle < _AWAKE else min(idle, self._poll_every)
+        if listening is not before:
+            pause = 0.0  # what came before it listened has to be looked for
+        with anyio.move_on_after(pause) as self._watching:
             if listening is None:
                 await anyio.sleep_forever()
             else:
                 await listening.heard()
-                self._pause = _SOON
+                self._stirred = monotonic()
         self._watching = None
-        self._pause = min(max(2 * self._pause, _SOON), self._poll_every)
         if self._closed:
             return True
         try:
@@ -118,7 +125,7 @@ class Tail:
         known = self._signal.position
         ((position,),) = await connection.fetch(self._statements.safe_position, known)
         if position > known:
-            self._pause = _SOON
+            self._stirred = monotonic()
             self._signal.advance(position)
         return self._signal.position
 
@@ -144,9 +151,11 @@ class Tail:
             if connection is not None:
                 connection.abandon()
             raise
+        if self._closed:  # meanwhile
+            await connection.close()
+            return None
         self._listening = connection
         self._retry_after = _FIRST_RETRY
-        self._pause = 0.0  # what came before it listened has to be looked for
         return connection
 
     def _drop(self) -> None:
