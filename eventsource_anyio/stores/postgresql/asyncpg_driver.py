@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from ...cleanup import shielded_cleanup
 from .driver import Connection, Driver, DriverError, Row
@@ -45,6 +47,14 @@ def connect_by_dsn(dsn: str) -> Connect:
     dsn = dsn.replace("postgresql+asyncpg://", "postgresql://", 1)  # as SQLAlchemy writes it
     connect = cast("Callable[[str], Coroutine[object, object, RawConnection]]", asyncpg.connect)  # pyright: ignore[reportUnknownMemberType]
     return lambda: connect(dsn)
+
+
+def check_engine(engine: AsyncEngine) -> None:
+    if not hasattr(engine, "sync_engine") or engine.dialect.driver != "asyncpg":
+        raise TypeError(
+            f"the store is given a DSN or an AsyncEngine of SQLAlchemy on asyncpg, not {engine!r}: "
+            "create_async_engine('postgresql+asyncpg://…')"
+        )
 
 
 def connect_by_engine(engine: AsyncEngine) -> Connect:
@@ -102,6 +112,7 @@ class AsyncpgDriver(Driver):
                 _Connection(self._guest, outcome).abandon()
             raise
         if isinstance(outcome, Exception) or outcome is None:
+            await checkpoint_if_cancelled()
             failed = outcome or TimeoutError("the connection attempt was given up")
             raise translated(failed, lost=True) from failed
         return _Connection(self._guest, outcome)
@@ -163,10 +174,16 @@ class _Connection(Connection):
 
     def abandon(self) -> None:
         self._abandoned = True
-        self._guest.loop.call_soon_threadsafe(self._raw.terminate)
+        with suppress(RuntimeError):  # the guest's loop was closed, and the connection with it
+            self._guest.loop.call_soon_threadsafe(self._raw.terminate)
 
     def _failure(self, error: Exception) -> DriverError:
-        return translated(error, lost=self._raw.is_closed())
+        # asyncpg, told of its end in the middle of something, may only say that it is confused.
+        confused = getattr(error, "sqlstate", None) is None
+        failure = translated(error, lost=confused or self._raw.is_closed())
+        if failure.lost:
+            self.abandon()
+        return failure
 
 
 def translated(error: Exception, *, lost: bool) -> DriverError:

@@ -6,10 +6,16 @@ from ...errors import StorageError
 from .driver import DriverError
 
 _ADMINISTRATOR = "Ask whoever runs the database; the log of the server says more."
+_STALE = (
+    "The message names it. Where it is the stream's version, a REPEATABLE READ or SERIALIZABLE "
+    "transaction did not see what others appended meanwhile: roll back, and do it anew."
+)
 # By SQLSTATE, the longest beginning first: what is wrong, and what to do next.
 _REMEDIES = {
     "08": ("the connection was lost", "Is the server running, and can it be reached from here?"),
     "22": ("the server cannot store a value", "The message names it."),
+    "23": ("a constraint of the database forbids it", "The message names it."),
+    "23505": ("a constraint of the database forbids it", _STALE),
     "25006": (
         "the server is read-only: a replica, or a read-only transaction",
         "Give the store the primary's address; a replica is for reading single streams.",
@@ -36,14 +42,16 @@ _REMEDIES = {
         "Lower `connections` of the stores, or raise max_connections.",
     ),
     "53": ("the server is short of something", _ADMINISTRATOR),
+    "54": ("something is larger than the server can store", "The message names it."),
     "55P03": ("a lock was not had within lock_timeout", "Make the same call again."),
     "57014": (
         "it took longer than statement_timeout allows, or was cancelled by an administrator",
         "Make the same call again; raise statement_timeout for this role if it stays so.",
     ),
     "57": ("the server was stopped, or is starting", "It may be made again when it is up."),
-    "": ("the server could not be reached, or the connection was lost", "Is it running?"),
 }
+_UNREACHABLE = ("the server could not be reached, or the connection was lost", "Is it running?")
+_REFUSED = ("the server refused it", "The message says why.")
 _UNKNOWN = (
     "Whether it was stored is not known: the answer was lost. The same call, with the same event "
     "ids, finds out and stores nothing twice."
@@ -52,10 +60,10 @@ _UNKNOWN = (
 
 def storage_error(error: DriverError, *, unknown: bool = False) -> StorageError:
     """The error for the caller; `unknown` is whether the call may have been committed."""
-    what, remedy = next(
-        _REMEDIES[error.sqlstate[:length]]
-        for length in (5, 2, 0)
-        if error.sqlstate[:length] in _REMEDIES
+    what, remedy = (
+        _REMEDIES.get(error.sqlstate)
+        or _REMEDIES.get(error.sqlstate[:2])
+        or (_REFUSED if error.sqlstate else _UNREACHABLE)
     )
     code = f", SQLSTATE {error.sqlstate}" if error.sqlstate else ""
     stored = _UNKNOWN if unknown else "This call changed nothing."

@@ -48,8 +48,9 @@ _APPENDS_AT_MOST = 128  # each holds an entry of the lock table, which all proce
 _EVENTS_AT_MOST = 2000
 _BATCHES_AT_MOST = 100
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
-# One append can break a batch by what is in it; the batch is then sent one by one.
-_OF_ONE = ("21", "22", "23", "54")
+# One append can break a batch by what is in it; the batch is then sent one by one, unless the
+# error is of a kind that each of them would meet.
+_OF_ALL = ("08", "25", "28", "3D", "3F", "40", "42", "53", "55", "57", "58")
 _LOCK_TABLE_FULL = "53200"
 UNIQUE = "23505"
 
@@ -363,7 +364,7 @@ class Lane:
             if len(jobs) == 1 and error.sqlstate == UNIQUE:
                 # An id of it is stored with another stream, or a version came from elsewhere.
                 answers = [Answer(KNOWN, 0)]
-            elif len(jobs) > 1 and error.sqlstate.startswith(_OF_ONE):
+            elif len(jobs) > 1 and not (error.lost or error.sqlstate.startswith(_OF_ALL)):
                 for job in jobs:
                     await self._settle(connection, _to_send([job]))
                 return

@@ -30,7 +30,7 @@ async def check(pool: Pool, statements: Statements, schema: Schema) -> str:
 
 
 async def migrate(connection: Connection, schema: Schema, role: str | None) -> None:
-    await connection.run("BEGIN")
+    await connection.run("BEGIN ISOLATION LEVEL READ COMMITTED")
     # One after another: those who come later find the work done.
     await connection.fetch(
         "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"migrate {schema!r}"

@@ -60,8 +60,13 @@ class Schema:
 
     def sql(self, template: str) -> str:
         """Put the names in: `es.events` is a table or function, `es_events` a constraint."""
-        names = re.sub(r"\bes\.([a-z_]+)", rf'"{self.name}"."{self.prefix}\1"', template)
-        return re.sub(r"\bes_([a-z_]+)", rf'"{self.prefix}\1"', names)
+        where = f'"{self.name}".'
+
+        def named(found: re.Match[str]) -> str:
+            return f'{where if found[1] == "." else ""}"{self.prefix}{found[2]}"'
+
+        # In one go, and not inside the names that were put in: they may begin with es_ as well.
+        return re.sub(r'(?<!")\bes([._])([a-z_]+)', named, template)
 
     def beginning(self) -> str:
         """What comes before the first migration; it may be run again."""
@@ -94,15 +99,18 @@ CREATE TABLE IF NOT EXISTS es.migrations (
         """What a role needs to use the store, and no more: it cannot change or delete an event."""
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise ValueError(f"role must be the name of a role, not {role!r}")
-        return self.sql(
-            f"""GRANT USAGE ON SCHEMA "{self.name}" TO "{role}";
-GRANT SELECT, INSERT ON es.events TO "{role}";
-GRANT SELECT, USAGE ON SEQUENCE es.positions TO "{role}";
-GRANT SELECT, INSERT, UPDATE ON es.checkpoints TO "{role}";
-GRANT SELECT, INSERT, DELETE ON es.outbox TO "{role}";
-GRANT SELECT ON es.migrations TO "{role}";
+        granted = self.sql(
+            f"""GRANT USAGE ON SCHEMA "{self.name}" TO :role;
+GRANT SELECT, INSERT ON es.events TO :role;
+GRANT SELECT, USAGE ON SEQUENCE es.positions TO :role;
+GRANT EXECUTE ON FUNCTION es.safe_position, es.append_event, es.append_events TO :role;
+GRANT SELECT, INSERT, UPDATE ON es.checkpoints TO :role;
+GRANT EXECUTE ON FUNCTION es.save_checkpoint TO :role;
+GRANT SELECT, INSERT, DELETE ON es.outbox TO :role;
+GRANT SELECT ON es.migrations TO :role;
 """
         )
+        return granted.replace(":role", f'"{role}"')
 
 
 def migration_sql(

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from random import random
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
@@ -19,7 +19,15 @@ from ...repositories.outbox import StoredMessage, decode_message
 from ..interface import Append, AppendResult, EventStore, Page, PageRequest, Step
 from ..signal import AppendSignal
 from ..transaction import Transaction, Write
-from .asyncpg_driver import AsyncpgDriver, connect_by_dsn, connect_by_engine, engine_by_dsn
+from .asyncpg_driver import (
+    AsyncpgDriver,
+    check_engine,
+    connect_by_dsn,
+    connect_by_engine,
+    engine_by_dsn,
+)
+from .diagnosis import Diagnosis, GapStress, stressed
+from .doctor import diagnose
 from .driver import Driver, DriverError, Row
 from .failures import storage_error
 from .group_commit import UNIQUE, Lane
@@ -28,8 +36,8 @@ from .pool import Pool
 from .schema import Schema
 from .statements import LARGEST, Statements, by_id, decode_rows
 from .tail import Tail
-from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit
-from .writing import append_at_once, outcome, write_at_once, write_steps
+from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit, savepoint
+from .writing import outcome, write_at_once, write_steps
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
 
 _LANES = 2
 _PAUSE = 0.01
+_TRIES = 5
 
 
 @frozen
@@ -67,6 +76,9 @@ class PostgreSQLEventStore(EventStore):
     A subscription gets to know of appends by notifications, and where one is lost, it looks every
     `poll_every` seconds. The database's time limits, such as `statement_timeout`, hold.
 
+    `driver` is "asyncpg", which is also the default, or "psycopg": libpq, which runs natively on
+    Trio and takes the DSN as libpq does. Transactions with SQL in them always use asyncpg.
+
     On Trio, asyncpg and SQLAlchemy run in a `Guest`: the store's own, or the `guest` given, for
     what shares an engine with it.
     """
@@ -80,11 +92,18 @@ class PostgreSQLEventStore(EventStore):
         connections: int = 5,
         poll_every: float = 0.5,
         guest: Guest | None = None,
+        driver: Literal["asyncpg", "psycopg"] | None = None,
     ) -> None:
+        if driver not in (None, "asyncpg", "psycopg"):
+            raise ValueError(f"driver must be 'asyncpg' or 'psycopg', not {driver!r}")
+        if driver == "psycopg" and not isinstance(database, str):
+            raise ValueError("an engine makes connections of asyncpg; driver='psycopg' needs a DSN")
         if isinstance(connections, bool) or not isinstance(connections, int) or connections < 1:
             raise ValueError(f"connections must be a number from 1, not {connections!r}")
         if not poll_every > 0:
             raise ValueError(f"poll_every must be a number of seconds above 0, not {poll_every!r}")
+        if not isinstance(database, str):
+            check_engine(database)
         self._dsn = database if isinstance(database, str) else ""
         self._engine = None if isinstance(database, str) else database
         self._own_engine: AsyncEngine | None = None
@@ -92,6 +111,7 @@ class PostgreSQLEventStore(EventStore):
         self._connections = connections
         self._poll_every = poll_every
         self._guest = guest
+        self._libpq = driver == "psycopg"
         self._state: _Opened | None = None
 
     @property
@@ -107,10 +127,7 @@ class PostgreSQLEventStore(EventStore):
         read and to append, but not to change or delete an event. `migration_sql` prints it.
         """
         async with AsyncExitStack() as stack:
-            guest = self._state.guest if self._state else self._guest or _new_guest()
-            if self._state is None and guest is not self._guest:
-                await stack.enter_async_context(guest)
-            driver = self._driver(guest)
+            driver = await self._driver_now(stack)
             try:
                 connection = await driver.connect()
                 try:
@@ -121,6 +138,22 @@ class PostgreSQLEventStore(EventStore):
                 await connection.close()
             except DriverError as error:
                 raise storage_error(error) from error
+
+    async def doctor(self, *, gap_stress: GapStress | None = None) -> Diagnosis:
+        """What keeps this store from working, or may: a plain report, and what to do about it.
+
+        The store need not be open, nor its schema be there. It changes nothing. What is wrong with
+        the server, the network or the schema is reported, not raised.
+
+        `gap_stress`, from `eventsource_anyio.testing.gap_stress`, is run too, if it is given: some
+        seconds of appends by several processes, in a schema that it makes and drops.
+        """
+        if gap_stress is not None and not self._dsn:
+            raise ValueError("gap_stress starts processes, which need a DSN; this has an engine")
+        async with AsyncExitStack() as stack:
+            driver = await self._driver_now(stack)
+            found = await diagnose(driver, self._schema, self._connections, self._poll_every)
+        return await stressed(found, gap_stress, self._dsn) if gap_stress else found
 
     @overload
     def transaction(self) -> PostgreSQLTransaction: ...
@@ -148,7 +181,7 @@ class PostgreSQLEventStore(EventStore):
         )
 
     async def last_position(self) -> int:
-        state = self._opened()
+        state = self._ready()
         try:
             return await state.tail.safe_position()
         except DriverError as error:
@@ -161,10 +194,32 @@ class PostgreSQLEventStore(EventStore):
             raise StoreClosedError(type(self).__name__)
         return self._state
 
+    def _ready(self) -> _Opened:
+        """For what waits by itself, with the primitives of the loop that opened the store."""
+        state = self._opened()
+        if state.guest.inside:
+            raise RuntimeError(
+                "this call of the store is made inside guest.run(), on asyncio's side of Trio.\n"
+                "  It would wait there for what belongs to Trio, and hang.\n"
+                "  Call the store outside. Only `store.transaction(within=session)` goes inside."
+            )
+        return state
+
     def _driver(self, guest: Guest) -> Driver:
+        if self._libpq:
+            from .libpq_driver import LibpqDriver
+
+            return LibpqDriver(self._dsn)
         if self._engine is not None:
             return AsyncpgDriver(guest, connect_by_engine(self._engine))
         return AsyncpgDriver(guest, connect_by_dsn(self._dsn))
+
+    async def _driver_now(self, stack: AsyncExitStack) -> Driver:
+        """For as long as the stack, whether the store is open or not."""
+        guest = self._state.guest if self._state else self._guest
+        if guest is None:
+            guest = await stack.enter_async_context(_new_guest())
+        return self._driver(guest)
 
     async def _open(self) -> None:
         if self._state is not None:
@@ -211,33 +266,31 @@ class PostgreSQLEventStore(EventStore):
         return self._write_together(steps)
 
     async def _append(self, append: Append) -> Sequence[AppendResult]:
-        state = self._opened()
+        state = self._ready()
         lane = state.lanes[hash((append.aggregate_type, append.aggregate_id)) % _LANES]
-        while True:
+        for _ in range(_TRIES):
             answer = await lane.append(append)
             try:
                 result = await outcome(state.pool.fetch, state.statements, append, answer)
             except DriverError as error:
-                raise storage_error(error) from error
+                raise storage_error(error, unknown=error.lost) from error
             if result is not None:
                 return (result,)
             await anyio.sleep(_PAUSE)
+        raise storage_error(DriverError("and none of its event ids is stored", UNIQUE))
 
     async def _write_together(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
-        state = self._opened()
+        state = self._ready()
         await checkpoint_if_cancelled()
-        appends = [step for step in steps if isinstance(step, Append)]
         writing = (state.pool, state.tail, state.statements)
+        refused = 0
         while True:
             try:
-                if len(appends) == len(steps):
-                    results = await append_at_once(*writing, appends)
-                else:
-                    results = await write_at_once(*writing, steps)
+                results = await write_at_once(*writing, steps, look=refused > 0)
             except DriverError as error:
-                if error.sqlstate != UNIQUE or not appends:
+                refused += 1
+                if error.sqlstate != UNIQUE or refused > _TRIES:
                     raise storage_error(error, unknown=error.lost) from error
-                await self._find_duplicate(appends)
                 results = None
             if results is not None:
                 return results
@@ -248,7 +301,7 @@ class PostgreSQLEventStore(EventStore):
         state = self._opened()
         for append in appends:
             ids = [event.event_id for event in append.events]
-            stored = by_id(await state.pool.fetch(state.statements.by_ids, ids))
+            stored = by_id(await self._fetch(state.statements.by_ids, ids))
             if stored:
                 append.repeated(stored)
 
@@ -257,11 +310,14 @@ class PostgreSQLEventStore(EventStore):
     ) -> Sequence[AppendResult]:
         state = self._opened()
         try:
-            return await write_steps(fetch_in(state.guest, connection), state.statements, steps)
+            fetch = fetch_in(state.guest, connection)
+            results = await write_steps(fetch, state.statements, steps, wait=True)
         except DriverError as error:
-            if error.sqlstate == UNIQUE:
+            if error.sqlstate == UNIQUE and not state.guest.inside:
                 await self._find_duplicate([step for step in steps if isinstance(step, Append)])
             raise storage_error(error) from error
+        assert results is not None  # it waited
+        return results
 
     def _write_within(self, target: AsyncSession | AsyncConnection) -> Write:
         state = self._opened()
@@ -269,7 +325,10 @@ class PostgreSQLEventStore(EventStore):
         async def write(steps: Sequence[Step]) -> Sequence[AppendResult]:
             connection = await begun(state.guest, target)
             on_commit(connection, state.tail.look)
-            return await self._write_in(connection, steps)
+            if len(steps) == 1:
+                return await self._write_in(connection, steps)
+            async with savepoint(state.guest, connection):
+                return await self._write_in(connection, steps)
 
         return write
 
@@ -283,7 +342,7 @@ class PostgreSQLEventStore(EventStore):
     # Reading ---------------------------------------------------------------------------------
 
     async def _read(self, request: PageRequest) -> Page:
-        state = self._opened()
+        state = self._ready()
         try:
             if request.stream is not None:
                 return await self._stream_page(state, request)
@@ -320,11 +379,11 @@ class PostgreSQLEventStore(EventStore):
         return Page(decode_rows(rows), max(low, high + 1), at_end=asked or known)
 
     async def _wait(self, after: int) -> None:
-        await self._opened().tail.wait(after)
+        await self._ready().tail.wait(after)
 
     async def _fetch(self, statement: str, *values: object) -> Sequence[Row]:
         try:
-            return await self._opened().pool.fetch(statement, *values)
+            return await self._ready().pool.fetch(statement, *values)
         except DriverError as error:
             raise storage_error(error) from error
 

@@ -10,13 +10,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from ...cleanup import shielded_cleanup
+from ...errors import EventSourceError
 from ..records import AppendResult, Step
-from ..transaction import ReadCheckpoint, ReadPending, Transaction, Write
+from ..sql_transaction import SQLTransaction
+from ..transaction import ReadCheckpoint, ReadPending, Write
 from .asyncpg_driver import RawConnection, translated
 from .driver import DriverError, Row
 from .failures import storage_error
@@ -36,8 +39,8 @@ WriteIn: TypeAlias = Callable[
 ]
 
 
-class PostgreSQLTransaction(Transaction):
-    """Also runs the user's SQL: SQLAlchemy statements, or an ORM session.
+class PostgreSQLTransaction(SQLTransaction):
+    """SQL in it runs on a connection of the store's engine.
 
     `session` is SQLAlchemy's own. On asyncio it is used as ever, but for its `commit`, `rollback`
     and `close`, which are this block's to call. On Trio use `execute` and `run_sync`, which work on
@@ -74,21 +77,12 @@ class PostgreSQLTransaction(Transaction):
         return self._session
 
     async def execute(self, statement: Executable, parameters: object = None) -> Result[Any]:
-        """Run a statement of SQLAlchemy, Core or ORM; the result is buffered.
-
-        What goes wrong with it is raised as SQLAlchemy raises it.
-        """
         execute = self.session.execute(statement, cast("Any", parameters))
         return cast("Result[Any]", await self._guest.run(execute))
 
     async def run_sync(
         self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Call a function with the ORM's `Session` of this transaction.
-
-        Inside it everything of the ORM works as in synchronous code, lazy loading too, and waits
-        without blocking the event loop.
-        """
         return await self._guest.run(self.session.run_sync(function, *args, **kwargs))
 
     async def __aexit__(
@@ -112,7 +106,7 @@ class PostgreSQLTransaction(Transaction):
         await self._guest.run(session.flush())
         results: Sequence[AppendResult] = ()
         if self._steps:
-            connection = await self._guest.run(session.connection())
+            connection = await begun(self._guest, session)
             results = await self._write_in(connection, self._steps)
         with shielded_cleanup() as scope:
             await _commit(self._guest, session)
@@ -124,10 +118,12 @@ class PostgreSQLTransaction(Transaction):
 
 
 async def _commit(guest: Guest, session: AsyncSession) -> None:
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import DBAPIError, IntegrityError
 
     try:
         await guest.run(session.commit())
+    except IntegrityError:
+        raise  # a deferred constraint, which none of the store's is
     except DBAPIError as error:
         failure = translated(error, lost=error.connection_invalidated)
         raise storage_error(failure, unknown=failure.lost) from error
@@ -169,6 +165,23 @@ async def begun(guest: Guest, target: AsyncSession | AsyncConnection) -> AsyncCo
             "there is no transaction to append in. Begin one, or use store.transaction()."
         )
     return connection
+
+
+@asynccontextmanager
+async def savepoint(guest: Guest, connection: AsyncConnection) -> AsyncIterator[None]:
+    """All of the block or nothing, in a transaction whose owner may go on after an error."""
+    fetch = fetch_in(guest, connection)
+    try:
+        await fetch("SAVEPOINT eventsource")
+        try:
+            yield
+        except EventSourceError:
+            with suppress(DriverError):  # the first error says what it was
+                await fetch("ROLLBACK TO SAVEPOINT eventsource")
+            raise
+        await fetch("RELEASE SAVEPOINT eventsource")
+    except DriverError as error:
+        raise storage_error(error) from error
 
 
 def on_commit(connection: AsyncConnection, call: Callable[[], None]) -> None:

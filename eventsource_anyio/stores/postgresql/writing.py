@@ -29,6 +29,8 @@ from .statements import (
 )
 from .tail import Tail
 
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
 
 class Fetch(Protocol):
     """Runs a statement in whatever transaction it belongs to."""
@@ -37,9 +39,13 @@ class Fetch(Protocol):
 
 
 async def write_steps(
-    fetch: Fetch, statements: Statements, steps: Sequence[Step]
-) -> Sequence[AppendResult]:
-    """Write all of the steps, or raise; `fetch` belongs to an open transaction."""
+    fetch: Fetch, statements: Statements, steps: Sequence[Step], *, wait: bool, look: bool = False
+) -> Sequence[AppendResult] | None:
+    """Write all of the steps, or raise; `fetch` belongs to an open transaction.
+
+    None if another transaction is appending to a stream of theirs, unless this is to `wait`. With
+    `look`, the ids of each append are looked for first.
+    """
     for step in steps:
         match step:
             case SaveCheckpoint(name, position, expected):
@@ -63,10 +69,19 @@ async def write_steps(
             case Append():
                 pass
     appends = [step for step in steps if isinstance(step, Append)]
-    if not appends:
-        return ()
-    results = await append_together(fetch, statements, appends, wait=True)
-    assert results is not None
+    event_ids = [event.event_id for append in appends for event in append.events]
+    if not look and len(set(event_ids)) == len(event_ids):
+        return await append_together(fetch, statements, appends, wait=wait) if appends else ()
+    results: list[AppendResult] = []
+    for append in appends:  # one may repeat another, and has to see it
+        result: Sequence[AppendResult] | None
+        if repeated := await _repeated(fetch, statements, append):
+            result = [repeated]
+        else:
+            result = await append_together(fetch, statements, [append], wait=wait)
+        if result is None:
+            return None
+        results += result
     return results
 
 
@@ -98,9 +113,10 @@ async def outcome(
     if answer.status == APPENDED:
         return appended(append, answer)
     if answer.status == KNOWN:
-        ids = [event.event_id for event in append.events]
-        stored = by_id(await fetch(statements.by_ids, ids))
-        return append.repeated(stored) if stored else None
+        # It may have been this very call that stored them, before its connection was lost.
+        with shielded_cleanup():
+            return await _repeated(fetch, statements, append)
+        raise DriverError("there was no answer in time", lost=True)
     versions = append.unexpected(answer.version)
     types: Sequence[Row] = ()
     if versions:
@@ -114,56 +130,58 @@ async def outcome(
     raise append.conflict(answer.version, [row[0] for row in types])
 
 
-async def append_at_once(
-    pool: Pool, tail: Tail, statements: Statements, appends: Sequence[Append]
-) -> Sequence[AppendResult] | None:
-    """All of them in one call, or none; None if a stream of theirs is busy."""
-    connection = await pool.acquire()
-    try:
-        with shielded_cleanup() as scope:
-            try:
-                results = await append_together(connection.fetch, statements, appends, wait=False)
-            except DriverError as error:
-                if not error.lost:
-                    raise
-                connection = await pool.replace(connection)
-                results = await append_together(connection.fetch, statements, appends, wait=False)
-            if results is not None:
-                await tail.hint(connection)
-            return results
-        assert scope.cancelled_caught
-        connection.abandon()
-        raise DriverError("there was no answer in time", lost=True)
-    finally:
-        pool.release(connection)
+async def _repeated(fetch: Fetch, statements: Statements, append: Append) -> AppendResult | None:
+    stored = by_id(await fetch(statements.by_ids, [event.event_id for event in append.events]))
+    return append.repeated(stored) if stored else None
 
 
 async def write_at_once(
-    pool: Pool, tail: Tail, statements: Statements, steps: Sequence[Step]
-) -> Sequence[AppendResult]:
-    """A transaction of several calls; only its end is shielded."""
+    pool: Pool, tail: Tail, statements: Statements, steps: Sequence[Step], *, look: bool
+) -> Sequence[AppendResult] | None:
+    """All of them in a transaction of their own; None if a stream of theirs is busy.
+
+    It does not wait for the stream: whoever holds it may do so for long, and this would hold a
+    connection that others need. Only its end is shielded.
+    """
     connection = await pool.acquire()
+    committed = False
     try:
-        await connection.run("BEGIN ISOLATION LEVEL READ COMMITTED")
-        results = await write_steps(connection.fetch, statements, steps)
+        try:
+            await connection.run(_BEGIN)
+        except DriverError as error:
+            if not error.lost:
+                raise
+            connection = await pool.replace(connection)
+            await connection.run(_BEGIN)
+        results = await write_steps(connection.fetch, statements, steps, wait=False, look=look)
+        if results is None:
+            return None
         with shielded_cleanup() as scope:
             await connection.run("COMMIT")
+            committed = True
             await tail.hint(connection)
         if scope.cancelled_caught:
             connection.abandon()
+        if not committed:
             raise DriverError("there was no answer to COMMIT in time", lost=True)
         return results
-    except BaseException:
-        with shielded_cleanup() as scope:
-            await _roll_back(connection)
-        raise
     finally:
-        pool.release(connection)
+        try:
+            if not committed:
+                await _roll_back(connection)
+        finally:
+            pool.release(connection)
 
 
 async def _roll_back(connection: Connection) -> None:
+    rolled_back = False
     try:
-        if connection.usable:
-            await connection.run("ROLLBACK")
+        with shielded_cleanup():
+            if connection.usable:
+                await connection.run("ROLLBACK")
+                rolled_back = True
     except DriverError:
-        connection.abandon()
+        pass  # and so it is abandoned
+    finally:
+        if not rolled_back:
+            connection.abandon()
