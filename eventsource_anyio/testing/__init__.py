@@ -9,7 +9,7 @@ import pytest
 pytest.register_assert_rewrite(
     *(f"eventsource_anyio.testing.{name}" for name in ("appending", "reading", "subscribing")),
     *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "transacting")),
-    "eventsource_anyio.testing.cancelling",
+    *(f"eventsource_anyio.testing.{name}" for name in ("sql_transacting", "cancelling")),
 )
 
 from .cancelling import cancel_at_every_checkpoint  # noqa: E402

@@ -32,6 +32,7 @@ from ..records import (
     from_microseconds,
     to_microseconds,
 )
+from .failures import is_locked
 from .repositories import CHECKPOINTS, OUTBOX, take_step
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ _AGGREGATE_TYPES = (
     "SELECT DISTINCT aggregate_type FROM events WHERE aggregate_id = ? ORDER BY aggregate_type"
 )
 _LARGEST = 2**63 - 1
-_BUSY, _LOCKED = 5, 6
 _SEARCHED_AT_MOST = 50_000
 _VERSIONS_AT_MOST = 10_000
 # How long one attempt waits on its thread for a lock; in between, the caller can be cancelled.
@@ -107,12 +107,16 @@ class SQLiteDatabase:
         self._versions: dict[tuple[str | bytes, str], int] = {}
         self._data_version: int | None = None
 
-    def connect(self) -> Connection:
+    def connect(self, *, one_thread: bool = True) -> Connection:
         import sqlite3
 
         try:
             connection = sqlite3.connect(
-                self._path, timeout=_LOCK_ATTEMPT, isolation_level=None, cached_statements=64
+                self._path,
+                timeout=_LOCK_ATTEMPT,
+                isolation_level=None,
+                cached_statements=64,
+                check_same_thread=one_thread,
             )
         except sqlite3.Error as error:
             raise self._unusable(
@@ -173,6 +177,10 @@ class SQLiteDatabase:
 
     def begin(self, connection: Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
+        self.begun(connection)
+
+    def begun(self, connection: Connection) -> None:
+        """Look what is there; called in a transaction before its first `write`."""
         (data_version,) = connection.execute("PRAGMA data_version").fetchone()
         if data_version != self._data_version or len(self._versions) > _VERSIONS_AT_MOST:
             self._data_version = data_version
@@ -423,8 +431,3 @@ def decode_rows(rows: Sequence[Row]) -> list[Read]:
             )
         )
     return events
-
-
-def is_locked(error: BaseException | None) -> bool:
-    """Whether another process, or a checkpoint, was just using the database."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (_BUSY, _LOCKED)

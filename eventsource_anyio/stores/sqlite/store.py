@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from anyio.lowlevel import cancel_shielded_checkpoint
+from attrs import frozen
 
 from ...errors import StoreClosedError
 from ...ids import AggregateId
@@ -15,10 +17,22 @@ from ..interface import AppendResult, EventStore, Page, PageRequest, Step, Store
 from ..signal import AppendSignal
 from .database import SQLiteDatabase, Synchronous, decode_rows
 from .repositories import decode_messages, get_checkpoint, pending_rows
+from .sql import SQLConnection
+from .transaction import SQLiteTransaction
 from .worker import Worker
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
+
+
+@frozen
+class _Opened:
+    """What there is while the store is open."""
+
+    worker: Worker
+    database: SQLiteDatabase
+    signal: AppendSignal
+    sql: SQLConnection
 
 
 class SQLiteEventStore(EventStore):
@@ -49,9 +63,15 @@ class SQLiteEventStore(EventStore):
         self._path = Path(path)
         self._synchronous: Synchronous = synchronous
         self._poll_every = poll_every
-        self._state: tuple[Worker, SQLiteDatabase, AppendSignal] | None = None
+        self._state: _Opened | None = None
 
-    def _opened(self) -> tuple[Worker, SQLiteDatabase, AppendSignal]:
+    def transaction(self) -> SQLiteTransaction:
+        """As `EventStore.transaction`, and with SQL in it: see `SQLiteTransaction`."""
+        return SQLiteTransaction(
+            self._write, self._checkpoint, self._pending, lambda: self._opened().sql
+        )
+
+    def _opened(self) -> _Opened:
         if self._state is None:
             raise StoreClosedError(type(self).__name__)
         return self._state
@@ -59,15 +79,12 @@ class SQLiteEventStore(EventStore):
     async def _open(self) -> None:
         if self._state is not None:
             raise RuntimeError(f"this {type(self).__name__} is open already")
-        database = SQLiteDatabase(self._path, self._synchronous)
-        signal = AppendSignal()
-        worker = Worker(
-            database,
-            signal,
-            name=type(self).__name__,
-            poll_every=self._poll_every,
-        )
-        self._state = (worker, database, signal)
+        name = type(self).__name__
+        new_database = partial(SQLiteDatabase, self._path, self._synchronous)
+        database, signal = new_database(), AppendSignal()
+        worker = Worker(database, signal, name=name, poll_every=self._poll_every)
+        sql = SQLConnection(new_database, worker, signal, name=name)
+        self._state = _Opened(worker, database, signal, sql)
         try:
             await worker.open()
         except BaseException:
@@ -76,49 +93,50 @@ class SQLiteEventStore(EventStore):
         signal.advance(database.position)
 
     async def _close(self) -> None:
-        if self._state is None:
+        state, self._state = self._state, None
+        if state is None:
             await cancel_shielded_checkpoint()
             return
-        worker, _, signal = self._state
-        self._state = None
-        signal.close(type(self).__name__)
-        await worker.close()
+        state.signal.close(type(self).__name__)
+        await state.sql.close()
+        await state.worker.close()
 
     async def last_position(self) -> int:
-        worker, database, _ = self._opened()
+        state = self._opened()
 
         def look(connection: Connection) -> int:
-            database.look(connection)
-            return database.position
+            state.database.look(connection)
+            return state.database.position
 
-        return await worker.read(look)
+        return await state.worker.read(look)
 
     def _write(self, steps: Sequence[Step]) -> Awaitable[Sequence[AppendResult]]:
-        worker, _, _ = self._opened()
-        return worker.write(steps)
+        state = self._opened()
+        state.sql.refuse_to_wait_for_itself()
+        return state.worker.write(steps)
 
     async def _read(self, request: PageRequest) -> Page:
-        worker, database, _ = self._opened()
-        rows, resume, at_end = await worker.read(
-            lambda connection: database.page(connection, request), 1 + request.limit // 20
+        state = self._opened()
+        rows, resume, at_end = await state.worker.read(
+            lambda connection: state.database.page(connection, request), 1 + request.limit // 20
         )
         return Page(decode_rows(rows), resume, at_end)
 
     async def _wait(self, after: int) -> None:
-        worker, _, signal = self._opened()
-        await signal.wait(after, begun=worker.watch)
+        state = self._opened()
+        await state.signal.wait(after, begun=state.worker.watch)
 
     async def _aggregate_types(self, aggregate_id: AggregateId) -> Sequence[str]:
-        worker, database, _ = self._opened()
-        return await worker.read(
-            lambda connection: database.aggregate_types(connection, aggregate_id)
+        state = self._opened()
+        return await state.worker.read(
+            lambda connection: state.database.aggregate_types(connection, aggregate_id)
         )
 
     async def _checkpoint(self, name: str) -> int:
-        worker, _, _ = self._opened()
+        worker = self._opened().worker
         return await worker.read(lambda connection: get_checkpoint(connection, name))
 
     async def _pending(self, limit: int) -> Sequence[StoredMessage]:
-        worker, _, _ = self._opened()
+        worker = self._opened().worker
         rows = await worker.read(lambda connection: pending_rows(connection, limit))
         return decode_messages(rows)

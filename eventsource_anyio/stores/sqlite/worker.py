@@ -9,6 +9,8 @@
   is cancelled and it was stored, the result is returned.
 - A job that finds the database locked by another process goes into the next batch, so waiting for a
   lock is waiting in the queue: it can be cancelled, and reads overtake it.
+- While the store's other connection is the one that writes, writes are held back: they would only
+  wait for its lock on the thread, and reads with them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from ...cleanup import shielded_cleanup
 from ...errors import EventSourceError, StorageError, StoreClosedError
 from ..records import Append, AppendResult
 from ..signal import AppendSignal
-from .database import SQLiteDatabase, Unit, is_locked
+from .database import SQLiteDatabase, Unit
+from .failures import is_locked, storage_error
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -87,7 +90,8 @@ class Worker:
         self._poll_every = poll_every
         self._waiting: deque[_Batch] = deque()
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        self._working = False
+        self._at_hand: _Batch | None = None
+        self._held_back: deque[_Batch] | None = None  # None: writes are not paused
         self._watching = False
         self._open = False
         self._stopped = anyio.Event()
@@ -124,10 +128,11 @@ class Worker:
             return
         self._open = False
         self._batches.put(None)
-        for batch in self._waiting:
+        for batch in (*self._waiting, *(self._held_back or ())):
             self._refuse(batch.jobs)
             batch.done.set()
         self._waiting.clear()
+        self._held_back = None
         with shielded_cleanup():
             await self._stopped.wait()
 
@@ -166,6 +171,21 @@ class Worker:
             # still is, and raises at the next checkpoint.
         return _outcome(job)
 
+    async def pause_writes(self) -> None:
+        """Hold writes back until `resume_writes`, and return once none is at work.
+
+        What raises out of it, a cancellation, leaves them paused all the same.
+        """
+        self._held_back = deque()
+        if self._at_hand is not None:
+            await self._at_hand.done.wait()
+
+    def resume_writes(self) -> None:
+        held_back, self._held_back = self._held_back, None
+        self._waiting.extend(held_back or ())
+        if self._at_hand is None:
+            self._hand_over()
+
     def watch(self) -> None:
         """Somebody has begun to wait for other processes: wake the thread up to look for them."""
         if not self._watching:
@@ -183,17 +203,23 @@ class Worker:
         job = _Job(work, batch)
         batch.jobs.append(cast("_Job[object]", job))
         batch.cost += cost
-        if not self._working:
+        if self._at_hand is None:
             self._hand_over()
         return job
 
     def _hand_over(self) -> None:
-        self._working = bool(self._waiting)
-        if self._waiting:
+        self._at_hand = None
+        while self._waiting and self._at_hand is None:
             batch = self._waiting.popleft()
             batch.jobs = [job for job in batch.jobs if not job.withdrawn]
-            batch.handed_over = True
-            self._batches.put(batch)
+            if self._held_back is not None:
+                _move_writes(batch, self._held_back)
+            if batch.jobs:
+                batch.handed_over = True
+                self._at_hand = batch
+                self._batches.put(batch)
+            else:
+                batch.done.set()
 
     def _finished(self, batch: _Batch, position: int) -> None:
         self._signal.advance(position)
@@ -310,6 +336,18 @@ class Worker:
                 job.value = outcome
 
 
+def _move_writes(batch: _Batch, to: deque[_Batch]) -> None:
+    writes = [job for job in batch.jobs if not callable(job.work)]
+    if writes:
+        if not to or to[-1].cost >= _COST_AT_MOST:
+            to.append(_Batch())
+        to[-1].jobs += writes
+        to[-1].cost += batch.cost
+        for job in writes:
+            job.batch = to[-1]
+        batch.jobs = [job for job in batch.jobs if callable(job.work)]
+
+
 def _outcome(job: _Job[T]) -> T:
     if job.error is not None:
         raise job.error
@@ -321,13 +359,4 @@ def _is_failure(error: BaseException | None) -> bool:
 
 
 def _failure(error: BaseException) -> BaseException:
-    if is_locked(error):
-        return error
-    failure = StorageError(
-        f"SQLite failed: {error} ({type(error).__name__}).\n"
-        "  Nothing of this call was stored.\n"
-        "  Look at the disk (space, permissions, health); the same call, with the same event ids, "
-        "can be made again."
-    )
-    failure.__cause__ = error
-    return failure
+    return error if is_locked(error) else storage_error(error)

@@ -1,0 +1,27 @@
+"""SQL in transactions: both stores that have it, held to one contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from eventsource_anyio import PostgreSQLEventStore, SQLiteEventStore
+from eventsource_anyio.testing.sql_transacting import SQLTransactContract
+
+
+class TestSQLite(SQLTransactContract):
+    @pytest.fixture
+    async def store(self, tmp_path: Path) -> AsyncIterator[SQLiteEventStore]:
+        async with SQLiteEventStore(tmp_path / "events.db", synchronous="NORMAL") as store:
+            yield store
+
+
+class TestPostgreSQL(SQLTransactContract):
+    @pytest.fixture
+    async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
+        store = PostgreSQLEventStore(postgresql_dsn)
+        await store.migrate()
+        async with store:
+            yield store
