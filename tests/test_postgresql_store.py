@@ -35,14 +35,20 @@ async def test_inside_the_guest_the_store_refuses_to_wait(
     store = PostgreSQLEventStore(postgresql_dsn)
     await store.migrate()
     async with store:
-        calls = [
-            lambda: store.append_events("a", "Thing", [Happened(1)], ANY),
-            lambda: store.get_events("a", "Thing"),
-            store.last_position,
-            lambda: store.checkpoints.get("reader"),
-            lambda: anext(store.read_all()),
-        ]
-        for call in calls:
+
+        async def append() -> object:
+            return await store.append_events("a", "Thing", [Happened(1)], ANY)
+
+        async def get() -> object:
+            return await store.get_events("a", "Thing")
+
+        async def read() -> object:
+            return await anext(store.read_all())
+
+        async def look_up() -> object:
+            return await store.checkpoints.get("reader")
+
+        for call in (append, get, read, look_up, store.last_position):
             if anyio_backend_name == "trio":
                 with pytest.raises(RuntimeError, match="outside"):
                     await store.guest.run(call())
