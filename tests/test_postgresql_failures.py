@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from math import inf
 from random import Random
 from secrets import token_hex
 from time import monotonic
@@ -19,7 +20,7 @@ import attrs
 import psycopg
 import pytest
 from anyio import to_thread
-from anyio.abc import SocketAttribute, SocketListener, SocketStream
+from anyio.abc import Listener, SocketAttribute, SocketStream
 from anyio.lowlevel import checkpoint
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -166,7 +167,7 @@ async def other(database: Database) -> AsyncIterator[PostgreSQLEventStore]:
 class Network:
     """The way to a server: a proxy that loses what the server says, or the connections."""
 
-    def __init__(self, listener: SocketListener, dsn: str) -> None:
+    def __init__(self, listener: Listener[SocketStream], dsn: str) -> None:
         self._listener = listener
         there = urlsplit(dsn)
         self._server = (there.hostname or "127.0.0.1", there.port or 5432)
@@ -435,7 +436,7 @@ async def test_an_append_whose_answer_was_lost_is_found_again(database: Database
                         # One append is stuck in each lane, and then the next lock.
                         await until(lambda: database.stuck() == 2)
                         await anyio.wait_all_tasks_blocked()
-                        tasks.start_soon(to_thread.run_sync, second.execute, LOCK)
+                        tasks.start_soon(to_thread.run_sync, lambda: second.execute(LOCK))
                         await until(lambda: database.stuck() == 3)
                     # Then the others of each lane, together.
                     await until(lambda: len(results) == 2 == database.stuck())
@@ -572,11 +573,11 @@ async def test_a_listening_connection_that_is_killed_is_replaced(database: Datab
                 for number in range(1, 9):
                     if number % 3 == 0:
                         database.terminate(*database.pids())
-                    other._opened().tail._hinted = -1.0  # a while ago, as well
+                    other._opened().tail._hinted = -inf
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(again_later, other, database)
                         while True:
-                            tail._pause = 60.0  # as after minutes of nothing
+                            tail._stirred = -inf  # as after minutes of nothing
                             try:
                                 assert (await anext(subscription)).version == number
                                 break
@@ -626,7 +627,7 @@ async def test_a_notification_that_is_lost_costs_no_more_than_a_poll(
                     if how == "not listened to":
                         assert tail._listening is not None
                         await tail._listening.run("UNLISTEN *")
-                    tail._pause = poll_every  # as after a while of nothing
+                    tail._stirred = -inf  # as after a while of nothing
     assert min(latencies[1:]) < poll_every + 0.1
     assert max(latencies[1:]) < 5 * poll_every + 0.5
 
@@ -651,9 +652,8 @@ async def test_hints_come_long_before_the_next_poll(
                                     await tx.execute(text("SELECT 1"))
                                 await tx.append_events("a", "Thing", [Ended()], ANY)
 
-                        tail._pause = 60.0
-                        tail._hinted = -1.0
-                        other._opened().tail._hinted = -1.0
+                        tail._stirred = tail._hinted = -inf  # as after minutes of nothing
+                        other._opened().tail._hinted = -inf
                         tasks.start_soon(append, number)
                         await anext(subscription)
 
@@ -798,7 +798,7 @@ async def test_a_store_that_cannot_connect_again_fails_all_that_wait(database: D
     """In each lane, and again and again; nobody is left hanging, and it may come back."""
     failed = 0
 
-    async def append(number: int) -> None:
+    async def append(store: PostgreSQLEventStore, number: int) -> None:
         nonlocal failed
         with pytest.raises(StorageError, match="no connection left") as raised:
             await store.append_events(str(number), "Thing", [Ended()], ANY)
@@ -816,7 +816,7 @@ async def test_a_store_that_cannot_connect_again_fails_all_that_wait(database: D
             for _ in range(2):
                 async with anyio.create_task_group() as tasks:
                     for number in range(300):
-                        tasks.start_soon(append, number)
+                        tasks.start_soon(append, store, number)
             database.rows(f"ALTER ROLE {role} CONNECTION LIMIT -1")
             assert (await store.append_events("a", "Thing", [Ended()], ANY)).version == 2
     assert failed == 600

@@ -258,13 +258,9 @@ async def assert_usable(store: PostgreSQLEventStore, database: Database) -> None
 async def test_everything_of_a_transaction_is_committed_together(database: Database, way: str):
     engine = engine_for(database)
     async with Guest() as guest:
-        given = {
-            "dsn": (database.dsn, None),
-            "engine": (engine, None),
-            "shared": (engine, guest),
-        }
-        source, shared = given[way]
-        async with PostgreSQLEventStore(source, guest=shared) as store:
+        given: str | AsyncEngine = database.dsn if way == "dsn" else engine
+        shared = guest if way == "shared" else None
+        async with PostgreSQLEventStore(given, guest=shared) as store:
             assert (store.guest is guest) == (way == "shared")
             async with store.transaction() as tx:
                 await write(tx, "all")
@@ -493,7 +489,7 @@ async def test_a_cancelled_transaction_of_steps_is_whole_or_not_there(
 async def test_deadlines_in_transactions_leave_nothing_behind(database: Database):
     kept: list[str] = []
 
-    async def transact(number: int) -> None:
+    async def transact(store: PostgreSQLEventStore, number: int) -> None:
         with anyio.move_on_after(number % 20 / 1000):
             async with store.transaction() as tx:
                 await write(tx, f"nr {number:03}")
@@ -505,7 +501,7 @@ async def test_deadlines_in_transactions_leave_nothing_behind(database: Database
         with anyio.fail_after(25):
             async with anyio.create_task_group() as tasks:
                 for number in range(60):
-                    tasks.start_soon(transact, number)
+                    tasks.start_soon(transact, store, number)
         await until(lambda: database.at_work() == 0)
         for number in range(60):
             name = f"nr {number:03}"

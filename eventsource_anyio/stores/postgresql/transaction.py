@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
@@ -168,7 +168,7 @@ async def begun(guest: Guest, target: AsyncSession | AsyncConnection) -> AsyncCo
 
 
 @asynccontextmanager
-async def savepoint(guest: Guest, connection: AsyncConnection) -> AsyncIterator[None]:
+async def savepoint(guest: Guest, connection: AsyncConnection) -> AsyncGenerator[None]:
     """All of the block or nothing, in a transaction whose owner may go on after an error."""
     fetch = fetch_in(guest, connection)
     try:
