@@ -374,9 +374,10 @@ async def test_ten_thousand_appends_at_once(store: PostgreSQLEventStore, databas
 
 
 async def test_more_than_the_queue_holds_wait_outside(
-    store: PostgreSQLEventStore, database: Database
+    store: PostgreSQLEventStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ):
-    """The queue of a lane is bounded; thousands wait for room in it, and may give up."""
+    """The queue of a lane is bounded; a thousand wait for room in it, and may give up."""
+    monkeypatch.setattr(group_commit, "_BATCHES_AT_MOST", 20)
     lanes, at_most = store._opened().lanes, group_commit._APPENDS_AT_MOST
     bound = group_commit._BATCHES_AT_MOST * at_most
     with anyio.fail_after(28):
