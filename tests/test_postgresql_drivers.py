@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,7 +20,7 @@ from uuid import UUID, uuid4
 import anyio
 import psycopg
 import pytest
-from anyio.abc import SocketStream
+from anyio.abc import SocketAttribute, SocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -345,21 +346,28 @@ class TestErrors:
         assert raised.value.sqlstate == "23505"
         assert await value(connection, "SELECT count(*) FROM late") == 0
 
-    async def test_the_first_use_of_a_statement_may_fail(self, connection: Connection) -> None:
-        # In a transaction, too, which is then over: first where it is prepared, then where it runs.
-        for statement, sqlstate in [("SELEKT 1", "42601"), ("SELECT 1/$1::int", "22012")]:
-            values = (0,) if "$1" in statement else ()
-            for _ in range(2):
-                await connection.run("BEGIN")
-                with pytest.raises(DriverError) as raised:
-                    await connection.fetch(statement, *values)
-                assert raised.value.sqlstate == sqlstate
-                with pytest.raises(DriverError) as raised:
-                    await connection.fetch("SELECT 'another one'")
-                assert raised.value.sqlstate == "25P02"
-                await connection.run("ROLLBACK")
-        assert await value(connection, "SELECT 1/$1::int", 1) == 1
-        assert await value(connection, "SELECT 'another one'") == "another one"
+    async def test_the_first_use_of_a_statement_may_fail(
+        self, driver: Driver, connection: Connection
+    ) -> None:
+        once, divided = "SELECT 'another one'", "SELECT 1/$1::int"
+        async with connected(driver) as other:
+            for user in (connection, other):
+                # In a transaction, which is then over: the next one cannot even be prepared.
+                for statement, values, sqlstate in (
+                    ("SELEKT 1", (), "42601"),
+                    (divided, (0,), "22012"),
+                    (divided, (0,), "22012"),
+                ):
+                    await user.run("BEGIN")
+                    with pytest.raises(DriverError) as raised:
+                        await user.fetch(statement, *values)
+                    assert raised.value.sqlstate == sqlstate
+                    with pytest.raises(DriverError) as raised:
+                        await user.fetch(once)
+                    assert raised.value.sqlstate == "25P02"
+                    await user.run("ROLLBACK")
+                assert await value(user, divided, 1) == 1
+                assert await value(user, once) == "another one"
 
     async def test_a_statement_that_takes_too_long(self, connection: Connection) -> None:
         await connection.run("SET statement_timeout = 20")
@@ -756,7 +764,7 @@ class TestConnecting:
         [
             "postgresql://postgres@127.0.0.1:1/postgres",
             "postgresql://postgres@host.invalid/postgres",
-            f"postgresql://postgres@{'long' * 20}/postgres",
+            f"postgresql://postgres@{'ü' * 70}/postgres",
             "postgresql://postgres@/postgres?host=/nowhere",
         ],
     )
@@ -903,9 +911,10 @@ class TestOnlyLibpq:
         large = os.urandom(20_000_000)
         async with Relay(server.dsn) as relay, connected(LibpqDriver(relay.dsn)) as connection:
             await connection.listen("channel")
-            relay.hold(until_sent=1_000_000)
+            await connection.fetch("SELECT length($1::bytea)", b"")
+            relay.hold(until_sent=600_000)
             server.run(
-                "SELECT pg_notify('channel', n || repeat('x', 7900)) FROM generate_series(1, 150) n"
+                "SELECT pg_notify('channel', n || repeat('x', 7900)) FROM generate_series(1, 100) n"
             )
             with anyio.fail_after(SECONDS):
                 assert await value(connection, "SELECT length($1::bytea)", large) == len(large)
@@ -1009,7 +1018,11 @@ class Relay:
 
     async def __aenter__(self) -> Self:
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        # What nobody reads is soon not taken any more.
+        listener.listeners[0].extra(SocketAttribute.raw_socket).setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384
+        )
+        port = listener.extra(SocketAttribute.local_port)
         account = f"{self._where.username}@127.0.0.1:{port}"
         self.dsn = f"postgresql://{account}{self._where.path}"
         await self._stack.__aenter__()
@@ -1084,7 +1097,7 @@ async def talking(*answers: bytes) -> AsyncIterator[str]:
                 return
 
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    port = listener.extra(SocketAttribute.local_port)
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, serve)
         yield f"postgresql://me@127.0.0.1:{port}/it"

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -882,9 +882,12 @@ async def test_closing_waits_for_the_call_at_hand_and_refuses_who_waits(path: Pa
 async def test_closing_does_not_wait_for_the_end_of_a_block(path: Path):
     refused = 0
 
+    held = anyio.Event()
+
     async def hold() -> None:
         async with store.transaction() as tx:
             await tx.execute(select(1))
+            held.set()
             await anyio.sleep_forever()
 
     async def wait_for_a_turn() -> None:
@@ -896,10 +899,11 @@ async def test_closing_does_not_wait_for_the_end_of_a_block(path: Path):
 
     with anyio.fail_after(20):
         async with SQLiteEventStore(path) as store, anyio.create_task_group() as tasks:
-            for task in (hold, wait_for_a_turn, wait_for_a_turn):
-                tasks.start_soon(task)
-                await store.last_position()
-                await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(hold)
+            await held.wait()
+            tasks.start_soon(wait_for_a_turn)
+            tasks.start_soon(wait_for_a_turn)
+            await anyio.wait_all_tasks_blocked()
             await store.__aexit__(None, None, None)
             while refused < 2:
                 await anyio.wait_all_tasks_blocked()
@@ -910,15 +914,29 @@ async def test_a_block_that_ends_while_the_store_is_closing_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     late = Late(monkeypatch, "_shut")
+    refused = 0
+
+    async def wait(call: Callable[[], Awaitable[object]]) -> None:
+        nonlocal refused
+        with pytest.raises(StoreClosedError):
+            await call()
+        refused += 1
+
     with anyio.fail_after(20):
         async with SQLiteEventStore(path) as store, anyio.create_task_group() as tasks:
             await prepare(store)
             with pytest.raises(StoreClosedError):
                 async with store.transaction() as tx:
                     await see(tx, 1)
+                    tasks.start_soon(wait, lambda: append_numbers(store, 1))
+                    tasks.start_soon(wait, lambda: seen(store))
+                    await anyio.wait_all_tasks_blocked()
                     tasks.start_soon(store.__aexit__, None, None, None)
                     await late.wait_begun()
+            await anyio.wait_all_tasks_blocked()
+            assert refused == 1  # the one that now had its turn
             await late.let_go()
+    assert refused == 2
     async with SQLiteEventStore(path) as store:
         assert await seen(store) == []
 

@@ -17,12 +17,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from random import Random
 from struct import Struct
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from uuid import uuid4
 
 import anyio
@@ -127,8 +127,11 @@ class Child:
 
 
 def _say(records: Iterable[Record]) -> None:
-    # It blocks, if the parent does not read; but the parent does.
-    os.write(1, b"".join(RECORD.pack(*record) for record in records))
+    try:
+        # It blocks, if the parent does not read; but the parent does.
+        os.write(1, b"".join(RECORD.pack(*record) for record in records))
+    except BrokenPipeError:
+        os._exit(1)  # the parent is gone, and nobody is interested any more
 
 
 async def _work(setup: Setup) -> None:
@@ -188,10 +191,13 @@ class _Writer:
     def __init__(
         self, setup: Setup, store: PostgreSQLEventStore, engine: AsyncEngine, began: float
     ) -> None:
+        import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
         from sqlalchemy import text
         from sqlalchemy.exc import SQLAlchemyError
 
-        self._unknown = (StorageError, DriverError, SQLAlchemyError)
+        # SQLAlchemy lets asyncpg's own through, where a new connection is lost at once.
+        driver: Any = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+        self._sql_errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *driver)
         self._store = store
         self._engine = engine
         self._driver = AsyncpgDriver(store.guest, connect_by_dsn(setup.dsn))
@@ -210,11 +216,18 @@ class _Writer:
         for left in reversed(range(_TRIES)):
             try:
                 return await call()
-            except self._unknown:
+            except (StorageError, DriverError):
                 if not left:
                     raise
             await anyio.sleep(_PAUSE)
         raise AssertionError
+
+    async def _sql(self, coroutine: Coroutine[object, object, T]) -> T:
+        """Run what is the user's, not the store's, and so raises other errors."""
+        try:
+            return await self._store.guest.run(coroutine)
+        except self._sql_errors as error:
+            raise DriverError(str(error)) from error
 
     def _events(self) -> Events:
         return [NewEvent(Happened(number)) for number in range(self._random.randint(1, 5))]
@@ -293,7 +306,8 @@ class _Writer:
         with suppress(_RollBackError):
             async with self._store.transaction() as tx:
                 for stream, events in appends:
-                    await tx.execute(self._insert, [{"id": one.event_id} for one in events])
+                    rows = [{"id": one.event_id} for one in events]
+                    await self._sql(tx.session.execute(self._insert, rows))
                     await tx.append_events(stream, WITH_ROW, events, ANY)
                     await self._pause()
                 if not commit:
@@ -307,7 +321,6 @@ class _Writer:
         """In a session, with a savepoint, and a pause after each append."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
-        run = self._store.guest.run
         session = AsyncSession(self._engine)
         results: list[AppendResult] = []
         try:
@@ -315,19 +328,19 @@ class _Writer:
                 results += await self._within(session, *append)
                 await self._pause()
             savepoint = session.begin_nested()
-            await run(savepoint.start())
+            await self._sql(savepoint.start())
             await self._within(session, *undone)
-            await run(savepoint.rollback())
+            await self._sql(savepoint.rollback())
             await self._pause()
-            await run(session.commit() if commit else session.rollback())
+            await self._sql(session.commit() if commit else session.rollback())
         finally:
             with shielded_cleanup():
-                await run(session.close())
+                await self._sql(session.close())
         return results if commit else ()
 
     async def _within(self, session: AsyncSession, stream: str, events: Events) -> Results:
         rows = [{"id": one.event_id} for one in events]
-        await self._store.guest.run(session.execute(self._insert, rows))
+        await self._sql(session.execute(self._insert, rows))
         async with self._store.transaction(within=session) as tx:
             await tx.append_events(stream, WITH_ROW, events, ANY)
         return tx.results

@@ -245,9 +245,8 @@ class _Connection(Connection):
     async def _gather(self, results: list[pq.abc.PGresult]) -> None:
         """Send the rest and take results up to the end; once more, if it was cancelled."""
         while self._pgconn.flush():
-            with anyio.move_on_after(_PAUSE):  # the server may be waiting for us to read
+            with anyio.move_on_after(_PAUSE):  # or the server waits for us to read, as libpq does
                 await anyio.wait_writable(self._pgconn.socket)
-            self._pgconn.consume_input()
         while not self._take(results):
             await anyio.wait_readable(self._pgconn.socket)
             self._pgconn.consume_input()
