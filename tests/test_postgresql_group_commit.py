@@ -890,10 +890,12 @@ async def test_closing_refuses_what_waits_and_finishes_what_was_sent(
                     tasks.start_soon(append, "x")
                 await anyio.wait_all_tasks_blocked()
                 tasks.start_soon(close)
-                await until(lambda: len(outcomes) == 1005)
+                # All but those that ask for the busy stream, if they are just doing so.
+                await until(lambda: len(outcomes) >= 1000)
                 assert "closed" not in outcomes
     free()
-    assert outcomes.pop() == "closed"
+    outcomes.remove("closed")
+    assert len(outcomes) == 1005
     assert all(isinstance(outcome, StoreClosedError) for outcome in outcomes)
     with pytest.raises(StoreClosedError):
         await store.append_events("x", "Thing", [Ended()], ANY)

@@ -174,14 +174,17 @@ class Lane:
         """Refuse what waits. What was sent is finished."""
         self._closed = store
         for batch in [*self._waiting, *self._aside.values()]:
-            for job in batch.jobs:
-                job.error = StoreClosedError(store)
-                job.settled = True
+            self._refuse(batch.jobs)
             batch.grant()
             batch.changed.happened()
         self._waiting.clear()
         self._aside.clear()
         self._room.happened()
+
+    def _refuse(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            job.error = StoreClosedError(self._closed)
+            job.settled = True
 
     # The queue ---------------------------------------------------------------------------------
 
@@ -238,10 +241,12 @@ class Lane:
         if aside is None or aside.leader is not job:
             return
         del self._aside[job.stream]
-        if not self._closed:
+        if self._closed:  # since they were set aside
+            self._refuse(aside.jobs)
+        else:
             for later in aside.jobs:
                 self._enqueue(later)
-            aside.changed.happened()
+        aside.changed.happened()
 
     def _take_out(self, job: _Job) -> None:
         """Take it out of its batch, which gets another leader if it was the one."""
