@@ -915,12 +915,14 @@ async def test_a_block_that_ends_while_the_store_is_closing_is_refused(
 ):
     late = Late(monkeypatch, "_shut")
     refused = 0
+    first = anyio.Event()
 
     async def wait(call: Callable[[], Awaitable[object]]) -> None:
         nonlocal refused
         with pytest.raises(StoreClosedError):
             await call()
         refused += 1
+        first.set()
 
     with anyio.fail_after(20):
         async with SQLiteEventStore(path) as store, anyio.create_task_group() as tasks:
@@ -933,7 +935,7 @@ async def test_a_block_that_ends_while_the_store_is_closing_is_refused(
                     await anyio.wait_all_tasks_blocked()
                     tasks.start_soon(store.__aexit__, None, None, None)
                     await late.wait_begun()
-            await anyio.wait_all_tasks_blocked()
+            await first.wait()
             assert refused == 1  # the one that now had its turn
             await late.let_go()
     assert refused == 2

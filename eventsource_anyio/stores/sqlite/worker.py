@@ -176,7 +176,8 @@ class Worker:
 
         What raises out of it, a cancellation, leaves them paused all the same.
         """
-        self._held_back = deque()
+        if self._held_back is None:  # a closing store does not resume them between two turns
+            self._held_back = deque()
         if self._at_hand is not None:
             await self._at_hand.done.wait()
 

@@ -202,8 +202,8 @@ BEGIN
             statuses[i] := 2;
         END IF;
     END LOOP;
-    IF atomic AND statuses && ARRAY[2, 3] THEN
-        RETURN;
+    IF (atomic AND statuses && ARRAY[2, 3]) OR NOT 0 = ANY (statuses) THEN
+        RETURN; -- an INSERT of no rows would be announced, and wait for locks, all the same
     END IF;
     recorded := clock_timestamp();
     IF appends > 1 THEN
