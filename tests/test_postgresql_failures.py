@@ -427,6 +427,8 @@ async def test_an_append_whose_answer_was_lost_is_found_again(database: Database
             async with anyio.create_task_group() as tasks:
                 for number in range(20):  # each lane has a connection then
                     tasks.start_soon(append_numbers, store, 1, f"warm {number}")
+            for number in range(20):  # and then it waits for nobody's company
+                await append_numbers(store, 1, f"alone {number}")
             async with anyio.create_task_group() as tasks:
                 with locked(database) as second:
                     second.rollback()
@@ -441,12 +443,12 @@ async def test_an_append_whose_answer_was_lost_is_found_again(database: Database
                     # Then the others of each lane, together.
                     await until(lambda: len(results) == 2 == database.stuck())
                     network.silent = True
-                await until(lambda: len(database.ids()) == 71)
+                await until(lambda: len(database.ids()) == 91)
                 assert len(results) == 2
                 await network.cut()
     assert sorted(numbers([event for result in results for event in result.events])) == [*range(51)]
     assert {result.version for result in results} == {1}
-    assert len(database.ids()) == 71
+    assert len(database.ids()) == 91
 
 
 async def test_a_cancelled_append_whose_answer_was_lost_returns_what_it_stored(

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from uuid import UUID
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
@@ -142,11 +142,11 @@ class Lane:
         self._aside: dict[_Stream, _Batch] = {}  # behind one that asks again
         self._door = anyio.Lock()  # where they wait in order if there is no room
         self._room = _Change()
+        self._alone = True  # the last caller was: then nobody is waited for
         self._closed = ""
 
     async def append(self, append: Append) -> Answer:
         """What became of it. Cancelled, nothing was stored, or it raises nothing."""
-        await checkpoint_if_cancelled()
         job = _Job(append)
         if len(self._waiting) < _BATCHES_AT_MOST and not self._door.locked():
             self._queue(job)
@@ -297,6 +297,10 @@ class Lane:
                 await batch.granted.wait()
 
     async def _lead(self, batch: _Batch, leader: _Job) -> None:
+        if self._alone:
+            await checkpoint_if_cancelled()
+        elif not batch.full:
+            await checkpoint()  # whoever was woken with this caller comes along
         try:
             connection = await self._pool.acquire()
         except DriverError as error:
@@ -305,6 +309,7 @@ class Lane:
             self._pass_on(batch)
             return
         batch.sent = True
+        self._alone = len(batch.jobs) == 1
         try:
             with shielded_cleanup() as scope:
                 connection = await self._send(connection, batch.jobs)
