@@ -179,3 +179,19 @@ class StorageError(EventSourceError):
     Nothing of it was stored, unless the message says that this is not known, because the answer was
     lost. In either case the same call, with the same event ids, can be made again.
     """
+
+
+class ProjectionStoppedError(EventSourceError):
+    """What is waited for will not come: the projection has failed, which is the cause, or nobody
+    runs it here."""
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(
+            f"Projection {name!r}, version {version}, is not running.\n"
+            "  An event failed for the last time (see the cause), or the coordinator was stopped or "
+            "never started.\n"
+            "  Mend the handler and call coordinator.resume(), or run the coordinator: "
+            "await tasks.start(coordinator.run)."
+        )
+        self.name = name
+        self.version = version

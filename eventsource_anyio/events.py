@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar, cast
@@ -122,6 +122,12 @@ def registered(cls: type[DomainEvent]) -> EventType:
     if isinstance(cls, type) and issubclass(cls, DomainEvent):
         raise TypeError(f"{name} is not an attrs class. Decorate it with @attrs.frozen.")
     raise TypeError(f"{name} is not an event class. Write `class {name}(DomainEvent)`.")
+
+
+def names_under(event_classes: Iterable[type[DomainEvent]]) -> tuple[str, ...]:
+    """The wire names of these event classes and of their subclasses, as far as they are defined."""
+    classes = tuple(event_classes)
+    return tuple(sorted({one.name for cls, one in _by_class.items() if issubclass(cls, classes)}))
 
 
 def upcaster(event_class: type[DomainEvent], *, from_version: int) -> Callable[[Upcast], Upcast]:

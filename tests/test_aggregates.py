@@ -294,7 +294,7 @@ def test_two_methods_for_one_event_are_refused():
             def _two(self, event: CoinsTaken | CoinsAdded) -> None: ...
 
     assert str(raised.value) == (
-        "Torn._one and ._two both apply CoinsAdded; one of them would never be called."
+        "Torn._one and ._two are both for CoinsAdded; one of them would never be called."
     )
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar, TypeVar, cast
 
 import attrs
 
-from ..events import DomainEvent, NewEvent, StoredEvent, registered
+from ..dispatch import check_marked, marked, marked_methods
+from ..events import DomainEvent, NewEvent, StoredEvent
 from ..ids import AggregateId, check_aggregate_type, normalize_aggregate_id, stream_id_of
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -107,16 +108,12 @@ def applies(*event_classes: type[DomainEvent]) -> Callable[[F], F]:
     It is called with the event, for new events and stored ones alike, so it decides and refuses
     nothing. It also serves the subclasses of an event class that have no method of their own.
     """
-    if not event_classes:
-        raise TypeError("applies() needs event classes, such as @applies(Deposited)")
-    for event_class in event_classes:
-        registered(event_class)
+    check_marked(_MARK, event_classes)
 
     def mark(method: F) -> F:
         if iscoroutinefunction(method):
             raise TypeError(f"{method.__qualname__} is async, and nobody would await it")
-        setattr(method, _MARK, event_classes)
-        return method
+        return marked(_MARK, event_classes, method)
 
     return mark
 
@@ -136,18 +133,7 @@ class AggregateRoot(Aggregate):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.aggregate_type = check_aggregate_type(cls.__dict__.get("aggregate_type", cls.__name__))
-        methods: dict[type, str] = {}
-        for base in reversed(cls.__mro__):
-            own: dict[type, str] = {}
-            for name, value in vars(base).items():
-                for event_class in getattr(value, _MARK, ()):
-                    if event_class in own:
-                        raise TypeError(
-                            f"{cls.__name__}.{own[event_class]} and .{name} both apply "
-                            f"{event_class.__name__}; one of them would never be called."
-                        )
-                    own[event_class] = name
-            methods |= own
+        methods = marked_methods(cls, _MARK)
         cls._appliers = _Appliers({one: getattr(cls, name) for one, name in methods.items()})
         cls._appliers.aggregate = cls.__name__
 

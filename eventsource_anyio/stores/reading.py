@@ -155,6 +155,22 @@ class Subscription(_PageReader):
         self._events = ()
         await cancel_shielded_checkpoint()
 
+    async def next_batch(self) -> Sequence[Read]:
+        """The events there are, at most `batch_size`; one that cannot be read is there as its error.
+
+        Waits until there is one, or until `position` has moved over what was filtered out: then
+        there may be none. After it, `position` is behind all of them.
+        """
+        with self._guard:
+            before = self.position
+            while self._index >= len(self._events) and self.position == before:
+                await self._turn()
+        events = self._events[self._index :]
+        self._index = len(self._events)
+        if events:
+            self._passed(events[-1])
+        return events
+
     async def _turn(self) -> None:
         if not self._open:
             raise RuntimeError(
@@ -165,8 +181,9 @@ class Subscription(_PageReader):
         self._events, self._index = page.events, 0
         self._request = replace(self._request, start=page.resume)
         if not page.events:
+            moved = page.resume - 1 > self.position
             self.position = max(self.position, page.resume - 1)
-            if page.at_end:
+            if page.at_end and not moved:
                 await self._wait(page.resume - 1)
 
     def _passed(self, event: Read) -> None:

@@ -1,0 +1,1 @@
+"""Read models: what makes them, and what runs it."""

@@ -1,0 +1,193 @@
+"""One version of a projection in one coordinator: which shards it runs, and where they all stand.
+
+- The live coordinators that run a projection share its shards evenly, each knowing its part from the
+  same list: none has to be told.
+- A shard is taken where it has no owner, or one that is dead, and given back where there are others
+  who have too few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import cast
+
+import anyio
+from anyio.abc import TaskGroup
+from attrs import evolve
+
+from ..errors import DocumentConflictError, ProjectionStoppedError
+from ..stores.interface import EventStore, Transaction
+from .base import Projection
+from .parked import ParkedRepository
+from .progress import Progress, ProjectionStatistics, State
+from .running import ShardRun
+from .shards import Shard, ShardRepository
+
+SERVING = "projections/serving"
+_LOOK_ELSEWHERE = 0.05
+
+
+class Runner:
+    def __init__(
+        self,
+        store: EventStore,
+        projection: Projection[Transaction],
+        ended: Callable[[], None],
+    ) -> None:
+        self.projection = projection
+        self.shards = ShardRepository(store, projection.name, projection.version)
+        self.parked = ParkedRepository(store, projection.name, projection.version)
+        self.progress = Progress()
+        self.key = f"{projection.name}@{projection.version}"
+        self.serving = False
+        self.running = False
+        self._store = store
+        self._known: Sequence[Shard] = ()
+        self._runs: dict[str, ShardRun] = {}
+        self._owned_by = ""
+        self._ended = ended
+
+    # Sharing -------------------------------------------------------------------------------------
+
+    async def look(
+        self, me: str, live: Mapping[str, Collection[str]], tasks: TaskGroup, *, oldest: int
+    ) -> None:
+        """Run the shards that are this coordinator's part; `oldest` is the version that serves
+        where none does yet."""
+        with suppress(DocumentConflictError):  # others look at the same time: then it comes next
+            await self._look(me, live, tasks, oldest)
+
+    async def _look(
+        self, me: str, live: Mapping[str, Collection[str]], tasks: TaskGroup, oldest: int
+    ) -> None:
+        await self._find_serving(oldest)
+        self._known = await self.shards.all()
+        if not self._known:
+            await self.shards.create(self.projection.shards)
+            self._known = await self.shards.all()
+        if me != self._owned_by:  # what ran under another id has been taken away
+            self._cancel_all()
+            self._owned_by = me
+        shards = {shard.key: shard for shard in self._known}
+        for key, run in self._runs.items():
+            if key not in shards or shards[key].owner != me:
+                run.cancel()
+        free = [
+            shard
+            for shard in self._known
+            if shard.key not in self._runs
+            and (shard.owner in (None, me) or self.key not in live.get(shard.owner or "", ()))
+        ]
+        share = self._share(me, live)
+        if len(self._runs) < share and await self.shards.arrange(free, self.projection.shards):
+            await self._look(me, live, tasks, oldest)
+            return
+        for shard in free[: max(share - len(self._runs), 0)]:
+            await self._take(shard, me, tasks)
+        for run in list(self._runs.values())[share:]:
+            run.stop()
+        self.progress.moved()
+
+    def _share(self, me: str, live: Mapping[str, Collection[str]]) -> int:
+        if self.progress.failed is not None:
+            return 0
+        sharing = sorted(one for one, keys in live.items() if self.key in keys)
+        whole, over = divmod(len(self._known), len(sharing))
+        return whole + (sharing.index(me) < over)
+
+    async def _take(self, shard: Shard, me: str, tasks: TaskGroup) -> None:
+        with suppress(DocumentConflictError):  # somebody else was faster
+            taken = await self.shards.save(self._store.documents, evolve(shard, owner=me))
+            run = ShardRun(
+                self._store,
+                self.projection,
+                taken,
+                self.shards,
+                self.parked,
+                self.progress,
+                serving=self.serving,
+                ended=self._run_ended,
+            )
+            self._runs[taken.key] = run
+            await tasks.start(run.run)
+
+    def _run_ended(self, run: ShardRun) -> None:
+        if self._runs.get(run.shard.key) is run:
+            del self._runs[run.shard.key]
+        self.progress.moved()
+        self._ended()
+
+    async def _find_serving(self, oldest: int) -> None:
+        name = self.projection.name
+        document = await self._store.documents.get(SERVING, name)
+        if document is None:
+            await self._store.documents.add(SERVING, name, {"version": oldest})
+            version = oldest
+        else:
+            version = cast("dict[str, int]", document.value)["version"]
+        self.serving = version == self.projection.version
+
+    def stop(self) -> None:
+        for run in self._runs.values():
+            run.stop()
+
+    def _cancel_all(self) -> None:
+        for run in self._runs.values():
+            run.cancel()
+
+    # Where it stands -----------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """How far all shards have got, as far as is known here."""
+        positions = [
+            self._runs[shard.key].position if shard.key in self._runs else shard.position
+            for shard in self._known
+        ]
+        return min(positions, default=0)
+
+    async def wait_for(self, position: int) -> None:
+        """Return when every shard, here or elsewhere, has got there."""
+        while True:
+            self._check_running()
+            if self._known and self.position >= position:
+                return
+            elsewhere = any(shard.key not in self._runs for shard in self._known)
+            behind_here = any(run.position < position for run in self._runs.values())
+            if behind_here or not elsewhere:
+                await self.progress.wait()
+            else:
+                with anyio.move_on_after(_LOOK_ELSEWHERE):
+                    await self.progress.wait()
+                self._known = await self.shards.all()
+
+    def _check_running(self) -> None:
+        failed = self.progress.failed
+        if failed is not None or not self.running:
+            raise ProjectionStoppedError(self.projection.name, self.projection.version) from failed
+
+    def statistics(self, head: int) -> ProjectionStatistics:
+        progress, position = self.progress, self.position
+        behind = max(head - position, 0)
+        state: State = "stopped"
+        if progress.failed is not None:
+            state = "failed"
+        elif self.running:
+            state = "waiting" if not self._runs else "running"
+            if progress.retrying:
+                state = "retrying"
+        return ProjectionStatistics(
+            self.projection.name,
+            self.projection.version,
+            self.serving,
+            state,
+            position,
+            behind,
+            progress.age if behind else 0.0,
+            progress.handled,
+            progress.rate,
+            len(self._runs),
+            len(self._known),
+            progress.error,
+        )
