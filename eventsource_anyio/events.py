@@ -20,7 +20,7 @@ from msgspec.json import Decoder
 
 from .codec import Codec, PayloadError
 from .errors import EventDefinitionError
-from .ids import AggregateId, stream_id_of, uuid7
+from .ids import AggregateId, slice_of, stream_id_of, uuid7
 from .metadata import Metadata, event_metadata
 
 Payload: TypeAlias = dict[str, object]
@@ -273,6 +273,11 @@ class StoredEvent(Struct, Generic[E_co], frozen=True, gc=False):
     def stream_id(self) -> str:
         """Its stream's name: the aggregate's type, `-`, and its id."""
         return stream_id_of(self.aggregate_type, self.aggregate_id)
+
+    @property
+    def slice(self) -> int:
+        """Its stream's slice, of the 1,024 that streams are divided into."""
+        return slice_of(self.stream_id)
 
     @property
     def correlation_id(self) -> str | None:

@@ -4,19 +4,23 @@
   begins after the first one and two streams never share a stream id.
 - A string in the canonical form of a UUID *is* that UUID, whoever wrote it: both name the same
   stream, and it comes back as a `UUID`. Any other string comes back as it was.
+- The slice of a stream never changes: readers that share the slices among them have stored how far
+  each has read, and a database computes the same in SQL.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import TypeAlias
+from hashlib import md5
+from typing import Final, TypeAlias
 from uuid import UUID
 
 from msgspec import convert
 
 AggregateId: TypeAlias = UUID | str
 
+SLICES: Final = 1024
 _LONGEST = 255
 
 if sys.version_info >= (3, 14):
@@ -101,6 +105,15 @@ def check_aggregate_type(aggregate_type: str) -> str:
 
 def stream_id_of(aggregate_type: str, aggregate_id: AggregateId) -> str:
     return f"{aggregate_type}-{aggregate_id}"
+
+
+def slice_of(stream_id: str) -> int:
+    """Which of the 1,024 slices a stream belongs to, by a hash of its id: from 0 to 1023.
+
+    The last 10 bits of the first 32 of the MD5 of the id in UTF-8.
+    """
+    digest = md5(stream_id.encode(), usedforsecurity=False).digest()
+    return int.from_bytes(digest[2:4], "big") & (SLICES - 1)
 
 
 def parse_stream_id(stream_id: str) -> tuple[str, AggregateId]:

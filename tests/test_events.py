@@ -9,10 +9,12 @@ import pickle
 import sqlite3
 import sys
 import time
+from collections import Counter
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from enum import Enum, StrEnum
 from functools import partial
+from hashlib import md5
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import RFC_4122, UUID, uuid4
@@ -21,6 +23,8 @@ import anyio
 import attr
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eventsource_anyio import (
     ANY,
@@ -39,9 +43,11 @@ from eventsource_anyio import (
 )
 from eventsource_anyio.events import registered
 from eventsource_anyio.ids import (
+    SLICES,
     check_aggregate_type,
     normalize_aggregate_id,
     parse_stream_id,
+    slice_of,
     stream_id_of,
     uuid7,
 )
@@ -756,6 +762,18 @@ async def test_members_of_an_enum_name_the_stream_of_their_text(store, kind):
 def test_a_stream_id_is_taken_apart_as_it_was_put_together(aggregate_type, aggregate_id):
     stream_id = stream_id_of(aggregate_type, aggregate_id)
     assert parse_stream_id(stream_id) == (aggregate_type, aggregate_id)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_a_slice_is_the_last_ten_bits_of_the_first_32_of_the_md5(stream_id):
+    first_32 = int(md5(stream_id.encode(), usedforsecurity=False).hexdigest()[:8], 16)
+    assert slice_of(stream_id) == first_32 & 1023
+
+
+def test_streams_are_divided_evenly():
+    counts = Counter(slice_of(f"Account-{number}") for number in range(64 * SLICES))
+    assert counts.keys() == set(range(SLICES))
+    assert 25 < min(counts.values()) < max(counts.values()) < 110
 
 
 async def test_a_stream_with_the_longest_ids_can_be_read(store):

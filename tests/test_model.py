@@ -50,6 +50,7 @@ from eventsource_anyio import (
     Subscription,
     Transaction,
 )
+from eventsource_anyio.ids import SLICES, slice_of
 from eventsource_anyio.stores.interface import StoredMessage
 from eventsource_anyio.testing.reading import forgotten
 from eventsource_anyio.testing.samples import Ended, Happened
@@ -57,6 +58,7 @@ from eventsource_anyio.testing.samples import Ended, Happened
 HUGE = 2**64
 SOME_DAY = datetime(2001, 2, 3, 4, 5, 6, 7, UTC)
 RIGHT = "the version that the stream is at"
+OURS = [slice_of(f"{kind}-{of}") for kind in ("Thing", "Other") for of in ("a", UUID(int=1), "ü/7")]
 TYPES = (Happened.event_type, Ended.event_type)
 
 aggregate_ids = st.sampled_from(["a", "b", UUID(int=1), str(UUID(int=1)), "ü/7"])
@@ -81,6 +83,9 @@ firsts = st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 20, HUGE])
 lasts = st.sampled_from([None, None, None, 0, 1, 4, 9, 20, HUGE])
 some_types = st.sampled_from([(), (), TYPES[:1], TYPES[1:], TYPES, ("unheard of",)])
 some_aggregate_types = st.sampled_from([(), (), ("Thing",), ("Other", "unheard of")])
+some_slices = st.sampled_from(
+    [None, None, range(512), range(512, SLICES), range(300, 900), *(range(s, s + 1) for s in OURS)]
+)
 batch_sizes = st.sampled_from([1, 2, 3, 5, 500, HUGE])
 
 
@@ -410,6 +415,7 @@ class Stores(RuleBasedStateMachine):
             from_position=firsts,
             to_position=lasts,
             aggregate_types=some_aggregate_types,
+            slices=some_slices,
         ),
         unknown=unknown_types,
     )
@@ -453,6 +459,7 @@ class Stores(RuleBasedStateMachine):
         after=firsts.filter(lambda after: after != HUGE),
         event_types=some_types,
         aggregate_types=some_aggregate_types,
+        slices=some_slices,
         batch_size=batch_sizes,
     )
     def follow(self, after: int, **filters: Any) -> Following:

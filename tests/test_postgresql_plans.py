@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import asyncpg  # type: ignore[import-untyped]
 import attrs
 import pytest
+from msgspec.structs import replace
 
 from eventsource_anyio import ANY, DomainEvent, PostgreSQLEventStore, ReadOptions
+from eventsource_anyio.stores.postgresql.schema import Schema
+from eventsource_anyio.stores.postgresql.statements import Statements
+from eventsource_anyio.stores.reading import PageRequest
 
 # asyncpg is used beside the store, and it is the server that is asked: one event loop is enough.
 pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")
@@ -59,3 +65,46 @@ async def test_a_stream_is_found_by_its_own_index(postgresql_dsn: str) -> None:
     assert scans["events_version"] >= 8 * 6
     assert scans["events_aggregate_type"] == 0
     assert scans["events_event_type"] == 0
+
+
+@pytest.mark.parametrize("plans", ["force_custom_plan", "force_generic_plan"])
+async def test_slices_change_no_plan(postgresql_dsn: str, plans: str) -> None:
+    """The planner does not know how many events are in a slice, and is not asked."""
+    store = PostgreSQLEventStore(postgresql_dsn, connections=1)
+    await store.migrate()
+    connection = await asyncpg.connect(postgresql_dsn)
+    for kind in ("One", "Two", "Three"):
+        await connection.execute(FILL, kind)
+    await connection.execute("VACUUM ANALYZE eventsource.events")
+    await connection.execute(f"SET plan_cache_mode = {plans}")
+    statements = Statements(Schema())
+
+    async def plan(request: PageRequest) -> tuple[set[str], set[str]]:
+        """The indexes and what else there is, of a page in the middle."""
+        statement, values = statements.page(request, 5_001, 55_000)
+        types = ["bigint"] * 3 + ["text[]"] * (len(values) - 3)
+        if request.slices:
+            types[-2:] = ["bigint"] * 2
+        await connection.execute(f"PREPARE page ({', '.join(types)}) AS {statement}")
+        given = ", ".join(
+            f"'{{{','.join(value)}}}'" if isinstance(value, list) else str(value)
+            for value in values
+        )
+        rows = await connection.fetch(f"EXPLAIN (COSTS OFF) EXECUTE page ({given})")
+        await connection.execute("DEALLOCATE page")
+        steps = [row[0].strip().removeprefix("->  ") for row in rows]
+        return (
+            {step for step in steps if "Index" in step and " using " in step},
+            {step for step in steps if "Scan on" in step or "Gather" in step}
+            - {"Subquery Scan on every"},
+        )
+
+    for event_types, aggregate_types, backwards in product(
+        ((), ("Counted",), ("Counted", "unknown")), ((), ("One",), ("One", "Three")), (False, True)
+    ):
+        request = PageRequest(None, None, None, backwards, 500, event_types, aggregate_types, None)
+        indexes, others = await plan(request)
+        assert indexes
+        assert not others
+        assert await plan(replace(request, slices=(7, 7))) == (indexes, set())
+    await connection.close()

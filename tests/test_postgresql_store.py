@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from itertools import product
 
 import pytest
+from msgspec.structs import replace
 
-from eventsource_anyio import ANY, PostgreSQLEventStore
+from eventsource_anyio import ANY, PostgreSQLEventStore, ReadOptions
+from eventsource_anyio.stores.postgresql import store as store_module
+from eventsource_anyio.stores.reading import PageRequest
 from eventsource_anyio.testing import EventStoreContract
 from eventsource_anyio.testing.samples import Happened
 
@@ -27,6 +31,44 @@ class TestLibpq(EventStoreContract):
         await store.migrate()
         async with store:
             yield store
+
+
+async def test_slices_are_searched_for_in_bounded_steps(
+    postgresql_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_SEARCHED_AT_MOST", 5)
+    store = PostgreSQLEventStore(postgresql_dsn)
+    await store.migrate()
+    async with store:
+        for number in range(30):
+            await store.append_events(str(number), "Thing", [Happened(number)], ANY)
+        every = [stored async for stored in store.read_all()]
+        for first, last, backwards in product((0, 9, 13), (None, 14, 17, 99), (False, True)):
+            options = ReadOptions(
+                slices=range(100, 200),
+                from_position=first,
+                to_position=last,
+                backwards=backwards,
+            )
+            expected = [
+                stored
+                for stored in (reversed(every) if backwards else every)
+                if stored.slice in range(100, 200) and first <= stored.position <= (last or 99)
+            ]
+            assert [stored async for stored in store.read_all(options)] == expected
+        request = PageRequest(None, 1, None, False, 500, (), (), (1022, 1022))
+        resumes: list[int] = []
+        while not (page := await store._read(request)).at_end:
+            resumes.append(page.resume)
+            request = replace(request, start=page.resume)
+        assert resumes == [6, 11, 16, 21, 26, 31]
+        assert page.resume == 31
+        request = replace(request, backwards=True, start=None, stop=1)
+        resumes.clear()
+        while not (page := await store._read(request)).at_end:
+            resumes.append(page.resume)
+            request = replace(request, start=page.resume)
+        assert resumes == [25, 20, 15, 10, 5]
 
 
 async def test_inside_the_guest_the_store_refuses_to_wait(

@@ -34,6 +34,7 @@ from eventsource_anyio import (
     StoreClosedError,
     StoredEvent,
 )
+from eventsource_anyio.ids import slice_of
 from eventsource_anyio.stores.sqlite import database
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.samples import Ended, Happened, append_numbers, numbers
@@ -470,6 +471,24 @@ async def test_rare_events_are_searched_for_in_bounded_steps(path: Path, watched
             with anyio.fail_after(20):
                 assert (await anext(subscription)).event == rare[1]
             assert subscription.position == last
+
+
+async def test_slices_are_searched_for_in_bounded_steps(
+    path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(database, "_HASHED_AT_MOST", 1_000)
+    async with SQLiteEventStore(path, synchronous="NORMAL") as store:
+        rare = [Happened(1), Happened(2)]
+        await store.append_events("a", "Thing", rare[:1], ANY)
+        insert_rows(path, first=2, count=2_500)
+        await store.append_events("a", "Thing", rare[1:], ANY)
+        number = slice_of("Thing-a")
+        for backwards in (False, True):
+            watched.statements.clear()
+            options = ReadOptions(slices=range(number, number + 1), backwards=backwards)
+            found = [stored.event async for stored in store.read_all(options)]
+            assert found == (rare[::-1] if backwards else rare)
+            assert len([one for one in watched.statements if "BETWEEN" in one]) == 3
 
 
 # -- the group commit -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from uuid import UUID
+from zlib import crc32
 
 import anyio
 import attrs
@@ -324,6 +325,25 @@ class IgnoresFilters(InMemoryEventStore):
         return True
 
 
+class MissesTheLastSlice(InMemoryEventStore):
+    """It takes ranges of slices as Python does, without the last one."""
+
+    def _matches(self, request: PageRequest, position: int) -> bool:
+        if request.slices is not None:
+            first, last = request.slices
+            request = replace(request, slices=(first, last - 1))
+        return super()._matches(request, position)
+
+
+class DividesInItsOwnWay(InMemoryEventStore):
+    """Its slices are all there, but not those of other stores."""
+
+    def _matches(self, request: PageRequest, position: int) -> bool:
+        _, aggregate_id, aggregate_type, _, _ = self._records[position - 1]
+        first, last = request.slices or (0, 1023)
+        return first <= crc32(f"{aggregate_type}-{aggregate_id}".encode()) & 1023 <= last
+
+
 class Hasty(AsyncIterator[StoredEvent]):
     """It has taken an event before it can be cancelled."""
 
@@ -512,6 +532,10 @@ def test_the_contract_holds_for_a_store_that_is_right(contract, store_class):
         (LosesTheOrder, "test_append_returns_version_position_and_events"),
         (LosesOneAPage, "test_a_cancelled_read_has_consumed_nothing"),
         (IgnoresFilters, "test_filters"),
+        (IgnoresFilters, "test_slices_are_combined_with_the_other_options"),
+        (IgnoresFilters, "test_a_subscription_to_slices_gets_their_events_only"),
+        (MissesTheLastSlice, "test_every_event_is_in_one_of_the_ranges_that_do_not_overlap"),
+        (DividesInItsOwnWay, "test_the_slice_of_a_stream_never_changes"),
         (ConsumesWhenCancelled, "test_a_cancelled_read_has_consumed_nothing"),
         (RaisesGroups, "test_expectations_that_a_new_stream_does_not_meet"),
         (FailsByPage, "test_an_event_that_cannot_be_read_costs_only_itself"),

@@ -19,7 +19,7 @@ from uuid import UUID
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from ..errors import StoreClosedError
-from ..ids import AggregateId
+from ..ids import AggregateId, slice_of, stream_id_of
 from ..repositories.checkpoint import SaveCheckpoint
 from ..repositories.outbox import (
     AddMessages,
@@ -194,10 +194,15 @@ class InMemoryEventStore(EventStore):
         return Page(found, resume, at_end=True)
 
     def _matches(self, request: PageRequest, position: int) -> bool:
-        encoded, _, aggregate_type, _, _ = self._records[position - 1]
-        return (not request.event_types or encoded.event_type in request.event_types) and (
-            not request.aggregate_types or aggregate_type in request.aggregate_types
-        )
+        encoded, aggregate_id, aggregate_type, _, _ = self._records[position - 1]
+        if request.event_types and encoded.event_type not in request.event_types:
+            return False
+        if request.aggregate_types and aggregate_type not in request.aggregate_types:
+            return False
+        if request.slices is None:
+            return True
+        first, last = request.slices
+        return first <= slice_of(stream_id_of(aggregate_type, aggregate_id)) <= last
 
     async def _wait(self, after: int) -> None:
         await self._opened().wait(after)

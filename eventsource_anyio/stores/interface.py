@@ -27,10 +27,12 @@ from msgspec.structs import replace
 from ..errors import EventDecodeError
 from ..events import DomainEvent, NewEvent, StoredEvent, registered
 from ..ids import (
+    SLICES,
     AggregateId,
     check_aggregate_type,
     normalize_aggregate_id,
     parse_stream_id,
+    slice_of,
 )
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository, SaveCheckpoint
@@ -66,6 +68,7 @@ __all__ = [
     "Transaction",
     "decode_message",
     "decode_stored",
+    "slice_of",
 ]
 
 ANY: Final = ExpectedVersion.ANY
@@ -112,8 +115,10 @@ class ReadOptions:
 
     `from_version` and `to_version` bound the read of a stream, `from_position` and `to_position`
     that of the whole store. A backwards read starts at the upper bound. `event_types` are event
-    classes or their names, `aggregate_types` names; empty means all. `batch_size` events are read
-    at a time, and held in memory.
+    classes or their names, `aggregate_types` names; empty means all. `slices` are those of a range,
+    such as `range(0, 256)`, of the 1,024 that streams are divided into by a hash of their ids:
+    readers of ranges that do not overlap share the events among them, each stream in its order.
+    `batch_size` events are read at a time, and held in memory.
     """
 
     from_version: int = 0
@@ -124,6 +129,7 @@ class ReadOptions:
     limit: int | None = None
     event_types: tuple[str, ...] = attrs.field(default=(), converter=_names)
     aggregate_types: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    slices: range | None = None
     batch_size: int = 500
 
     def __attrs_post_init__(self) -> None:
@@ -133,6 +139,17 @@ class ReadOptions:
                 raise ValueError(f"{name} must be a number from 0, not {value!r}")
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1, not {self.batch_size!r}")
+        if self.slices is not None and not _is_of_slices(self.slices):
+            raise ValueError(
+                f"slices must be a range within range(0, {SLICES}), of one slice or more and in "
+                f"steps of 1, such as range(0, {SLICES // 4}), not {self.slices!r}"
+            )
+
+
+def _is_of_slices(value: object) -> bool:
+    if not isinstance(value, range) or value.step != 1:
+        return False
+    return 0 <= value.start < value.stop <= SLICES
 
 
 _DEFAULTS = ReadOptions()
@@ -265,7 +282,7 @@ class EventStore(ABC):
         once a page.
         """
         options = options or _DEFAULTS
-        _refuse(options, "read_stream", "from_position", "to_position", "aggregate_types")
+        _refuse(options, "read_stream", "from_position", "to_position", "aggregate_types", "slices")
         request = _stream_request(*parse_stream_id(stream_id), options)
         return EventIterator(self._read, request, options.limit)
 
@@ -356,6 +373,7 @@ def _request(
     stop: int | None,
     options: ReadOptions,
 ) -> PageRequest:
+    slices = options.slices
     return PageRequest(
         stream,
         start,
@@ -364,4 +382,5 @@ def _request(
         options.batch_size,
         options.event_types,
         options.aggregate_types,
+        None if slices is None or len(slices) == SLICES else (slices[0], slices[-1]),
     )

@@ -31,7 +31,8 @@ class PageRequest(Struct, frozen=True):
 
     `start` and `stop` are the first and the last version or position to read, both included, in the
     direction of reading; None is the end of the store in that direction. Empty filters let
-    everything through.
+    everything through. `slices` are the first and the last slice, both included, of the streams to
+    read, by `slice_of` their ids; None means all.
     """
 
     stream: tuple[str, AggregateId] | None
@@ -41,6 +42,7 @@ class PageRequest(Struct, frozen=True):
     limit: int
     event_types: tuple[str, ...]
     aggregate_types: tuple[str, ...]
+    slices: tuple[int, int] | None
 
 
 class Page(Struct, frozen=True):

@@ -6,6 +6,7 @@ from .appending import AppendContract
 from .cancelling import CancelContract
 from .reading import ReadContract
 from .repositories import RepositoryContract
+from .slicing import SliceContract
 from .subscribing import SubscribeContract
 from .transacting import TransactContract
 
@@ -14,6 +15,7 @@ class EventStoreContract(
     AppendContract,
     ReadContract,
     SubscribeContract,
+    SliceContract,
     RepositoryContract,
     TransactContract,
     CancelContract,

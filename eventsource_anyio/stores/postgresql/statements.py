@@ -25,6 +25,8 @@ _COLUMNS = (
     "position, version, recorded_at, occurred_at, event_id, schema_version, event_type, "
     "aggregate_type, aggregate_id, metadata, payload"
 )
+# What `slice_of` computes in Python.
+_SLICE = "('x' || left(md5(aggregate_type || '-' || aggregate_id), 8))::bit(32)::bigint & 1023"
 _EXPECTED = {
     ExpectedVersion.ANY: -1,
     ExpectedVersion.STREAM_EXISTS: -2,
@@ -91,7 +93,7 @@ class Statements:
         )
         self.version = sql("SELECT coalesce(max(version), 0) FROM es.migrations")
         self.newest = migrations()[-1].version
-        self._pages: dict[tuple[bool, bool, bool, bool], str] = {}
+        self._pages: dict[tuple[bool, bool, bool, bool, bool], str] = {}
 
     def page(self, request: PageRequest, low: int, high: int) -> tuple[str, tuple[object, ...]]:
         """The statement of a page between two versions or positions, and its values."""
@@ -102,18 +104,23 @@ class Statements:
             values.append(list(request.event_types))
         if request.aggregate_types:
             values.append(list(request.aggregate_types))
+        if request.slices is not None:
+            values += request.slices
         key = (
             request.stream is None,
             request.backwards,
             bool(request.event_types),
             bool(request.aggregate_types),
+            request.slices is not None,
         )
         statement = self._pages.get(key)
         if statement is None:
             statement = self._pages[key] = self._page(*key)
         return statement, tuple(values)
 
-    def _page(self, whole: bool, backwards: bool, event_types: bool, aggregate_types: bool) -> str:
+    def _page(
+        self, whole: bool, backwards: bool, event_types: bool, aggregate_types: bool, slices: bool
+    ) -> str:
         if whole:
             where = ["position BETWEEN $1 AND $2"]
             by = "position"
@@ -130,19 +137,28 @@ class Statements:
                 last += 1
                 filters.append((column, last))
         direction = "DESC" if backwards else "ASC"
-        ordered = f"ORDER BY {by.format(direction)} {direction} LIMIT $3"
+        order = f"ORDER BY {by.format(direction)} {direction}"
+        ordered = f"{order} LIMIT $3"
+
+        def events(where: Sequence[str]) -> str:
+            every = f"es.events WHERE {' AND '.join(where)}"
+            if not slices:
+                return f"{every} {ordered}"
+            # OFFSET keeps the planner, which can only guess how many events are in a slice, from
+            # choosing another index for it, or several processes.
+            one = f"{_SLICE} BETWEEN ${last + 1} AND ${last + 2}"
+            return f"(SELECT * FROM {every} {order} OFFSET 0) every WHERE {one} {ordered}"  # noqa: S608
+
         if not whole or not filters:
             where += [f"{column} = ANY (${number}::text[])" for column, number in filters]
-            return self.schema.sql(
-                f"SELECT {_COLUMNS} FROM es.events WHERE {' AND '.join(where)} {ordered}"  # noqa: S608
-            )
+            return self.schema.sql(f"SELECT {_COLUMNS} FROM {events(where)}")  # noqa: S608
         # A page for each type by its index, in order, and the first of them all.
         (column, number), *others = filters
         where += [f"{other} = ANY (${its}::text[])" for other, its in others]
+        of_one = events([f"{column} = types.one", *where])
         return self.schema.sql(
             f"SELECT {_COLUMNS} FROM (SELECT DISTINCT unnest(${number}::text[]) AS one) types "  # noqa: S608
-            f"CROSS JOIN LATERAL (SELECT * FROM es.events WHERE {column} = types.one "
-            f"AND {' AND '.join(where)} {ordered}) found {ordered}"
+            f"CROSS JOIN LATERAL (SELECT * FROM {of_one}) found {ordered}"
         )
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _LANES = 2
 _PAUSE = 0.01
 _TRIES = 5
+_SEARCHED_AT_MOST = 50_000
 
 
 @frozen
@@ -367,6 +368,12 @@ class PostgreSQLEventStore(EventStore):
         if asked:
             safe = await state.tail.safe_position()
         known, high = high <= safe, min(high, safe)
+        # Slices have no index: one statement for few of them might search the whole store.
+        bounded = request.slices is not None and high - low >= _SEARCHED_AT_MOST
+        if bounded and request.backwards:
+            low = high - _SEARCHED_AT_MOST + 1
+        elif bounded:
+            high = low + _SEARCHED_AT_MOST - 1
         rows: Sequence[Row] = []
         if low <= high:
             statement, values = state.statements.page(request, low, high)
@@ -375,8 +382,9 @@ class PostgreSQLEventStore(EventStore):
             resume = rows[-1][0] + (-1 if request.backwards else 1)
             return Page(decode_rows(rows), resume, at_end=False)
         if request.backwards:
-            return Page(decode_rows(rows), low - 1, at_end=True)
-        return Page(decode_rows(rows), max(low, high + 1), at_end=asked or known)
+            return Page(decode_rows(rows), low - 1, at_end=not bounded)
+        at_end = (asked or known) and not bounded
+        return Page(decode_rows(rows), max(low, high + 1), at_end)
 
     async def _wait(self, after: int) -> None:
         await self._ready().tail.wait(after)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 from uuid import UUID
 
 from ...errors import EventSourceError, StorageError
-from ...ids import AggregateId, uuid_of
+from ...ids import AggregateId, slice_of, stream_id_of, uuid_of
 from ..reading import PageRequest
 from ..records import (
     EPOCH,
@@ -88,6 +88,7 @@ _AGGREGATE_TYPES = (
 )
 _LARGEST = 2**63 - 1
 _SEARCHED_AT_MOST = 50_000
+_HASHED_AT_MOST = 10_000  # by Python, for whose lock the event loop waits meanwhile
 _VERSIONS_AT_MOST = 10_000
 # How long one attempt waits on its thread for a lock; in between, the caller can be cancelled.
 _LOCK_ATTEMPT = 0.05
@@ -122,6 +123,7 @@ class SQLiteDatabase:
             raise self._unusable(
                 str(error), "Does its folder exist, and may we write to it?"
             ) from error
+        connection.create_function("slice_of", 2, _slice_of, deterministic=True)
         try:
             self._prepare(connection)
         except BaseException as error:
@@ -340,11 +342,12 @@ class SQLiteDatabase:
         self.look(connection)
         low, high = _bounds(request)
         high = min(high, self.position)
-        if request.event_types or request.aggregate_types:
+        if request.event_types or request.aggregate_types or request.slices:
+            at_most = _HASHED_AT_MOST if request.slices else _SEARCHED_AT_MOST
             if request.backwards:
-                low = max(low, high - _SEARCHED_AT_MOST + 1)
+                low = max(low, high - at_most + 1)
             else:
-                high = min(high, low + _SEARCHED_AT_MOST - 1)
+                high = min(high, low + at_most - 1)
         rows = _select(connection, request, "position", low, high)
         if len(rows) == request.limit:
             return rows, rows[-1][0] + (-1 if request.backwards else 1), False
@@ -393,6 +396,9 @@ def _select(
         if names:
             where.append(f"{column} IN ({', '.join('?' * len(names))})")
             values += names
+    if request.slices is not None:  # last, because it costs more than all others
+        where.append("slice_of(aggregate_type, aggregate_id) BETWEEN ? AND ?")
+        values += request.slices
     direction = "DESC" if request.backwards else "ASC"
     statement = (
         f"SELECT {_SELECTED} FROM events WHERE {' AND '.join(where)} "  # noqa: S608  (names of columns and marks only)
@@ -403,6 +409,11 @@ def _select(
 
 def _column(aggregate_id: AggregateId) -> str | bytes:
     return aggregate_id.bytes if isinstance(aggregate_id, UUID) else aggregate_id
+
+
+def _slice_of(aggregate_type: str, column: str | bytes) -> int:
+    aggregate_id = column if isinstance(column, str) else uuid_of(column)
+    return slice_of(stream_id_of(aggregate_type, aggregate_id))
 
 
 def decode_rows(rows: Sequence[Row]) -> list[Read]:
