@@ -716,7 +716,10 @@ def pooler(mode: str, size: int = 4) -> Any:
     @pytest.fixture(scope="module")
     def made(postgresql_server: PostgreSQLDatabases) -> Iterator[PostgreSQLDatabases]:
         if PGBOUNCER is None:
-            pytest.skip("pgbouncer is not installed; Debian has it")
+            reason = "pgbouncer is not installed; Debian has it: apt-get install pgbouncer"
+            if os.environ.get("CI"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
         with pgbouncer(postgresql_server, mode, size) as made:
             yield made
 
