@@ -135,6 +135,29 @@ class CheckpointConflictError(EventSourceError):
         self.actual = actual
 
 
+class DocumentConflictError(EventSourceError):
+    """The document is not at the expected revision, so nothing of this call was stored.
+
+    `expected` and `actual` are revisions; None means that there is, or was to be, no document.
+    """
+
+    def __init__(
+        self, collection: str, key: str, expected: UUID | None, actual: UUID | None
+    ) -> None:
+        found = f"is at revision {actual}" if actual else "does not exist"
+        wanted = f"revision {expected}" if expected else "none"
+        why = "Somebody else saved it meanwhile" if actual else "It was deleted, or never added"
+        super().__init__(
+            f"Document {key!r} of {collection!r} {found}, expected {wanted}.\n"
+            f"  {why}; nothing of this call was stored.\n"
+            "  Get it again and decide anew; `save` without `expected` stores it in any case."
+        )
+        self.collection = collection
+        self.key = key
+        self.expected = expected
+        self.actual = actual
+
+
 class DuplicateEventError(EventSourceError):
     """An event id is in the store already, with another stream or payload; nothing was stored."""
 

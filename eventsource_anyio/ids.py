@@ -49,15 +49,15 @@ def uuid_of(data: bytes) -> UUID:
     return convert(data, UUID)
 
 
-def check_name(what: str, value: object) -> str:
+def check_name(what: str, value: object, longest: int = _LONGEST) -> str:
     """The value as a plain string, as which it will come back, if it was a member of an enum.
 
     `ValueError` or `TypeError` if it is not a text that every database stores, and finds again.
     """
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a string, not {type(value).__name__}: {value!r}")
-    if not value or len(value) > _LONGEST:
-        raise ValueError(f"{what} must have 1 to {_LONGEST} characters, not {len(value)}")
+    if not value or len(value) > longest:
+        raise ValueError(f"{what} must have 1 to {longest} characters, not {len(value)}")
     if "\0" in value or not (value.isascii() or _is_text(value)):
         raise ValueError(f"{what} holds a character that no database stores as text: {value!r}")
     return str.__str__(value)

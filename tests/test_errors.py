@@ -11,7 +11,6 @@ from uuid import UUID
 import attrs
 import pytest
 
-import eventsource_anyio
 from eventsource_anyio import (
     NO_STREAM,
     STREAM_EXISTS,
@@ -27,9 +26,12 @@ from eventsource_anyio import (
     SQLiteEventStore,
     StorageError,
     StoreClosedError,
+    errors,
 )
+from eventsource_anyio.errors import DocumentConflictError
 
 EVENT_ID = UUID("01998f20-0000-7000-8000-000000000007")
+REVISION = UUID("01998f20-0000-7000-8000-000000000008")
 
 
 def told(
@@ -138,6 +140,36 @@ ERRORS = [
         actual=0,
     ),
     told(
+        DocumentConflictError("leases", "balances", EVENT_ID, REVISION),
+        f"Document 'balances' of 'leases' is at revision {REVISION}, expected revision {EVENT_ID}.",
+        "Somebody else saved it meanwhile; nothing of this call was stored.",
+        "Get it again and decide anew; `save` without `expected` stores it in any case.",
+        collection="leases",
+        key="balances",
+        expected=EVENT_ID,
+        actual=REVISION,
+    ),
+    told(
+        DocumentConflictError("leases", "balances", None, REVISION),
+        f"Document 'balances' of 'leases' is at revision {REVISION}, expected none.",
+        "Somebody else saved it meanwhile; nothing of this call was stored.",
+        "Get it again and decide anew; `save` without `expected` stores it in any case.",
+        collection="leases",
+        key="balances",
+        expected=None,
+        actual=REVISION,
+    ),
+    told(
+        DocumentConflictError("leases", "balances", REVISION, None),
+        f"Document 'balances' of 'leases' does not exist, expected revision {REVISION}.",
+        "It was deleted, or never added; nothing of this call was stored.",
+        "Get it again and decide anew; `save` without `expected` stores it in any case.",
+        collection="leases",
+        key="balances",
+        expected=REVISION,
+        actual=None,
+    ),
+    told(
         DuplicateEventError(EVENT_ID, "Shop-7", "it belongs to Shop-8, version 1"),
         f"Event {EVENT_ID} is already stored and cannot be appended to Shop-7: "
         "it belongs to Shop-8, version 1.",
@@ -178,12 +210,12 @@ def in_house_form(message: str) -> bool:
 
 
 def test_every_error_class_is_looked_at_here():
-    public = {
+    every = {
         value
-        for value in vars(eventsource_anyio).values()
+        for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, EventSourceError)
     }
-    assert {type(error) for error, _, _ in ERRORS} == public - {EventSourceError}
+    assert {type(error) for error, _, _ in ERRORS} == every - {EventSourceError}
 
 
 @every_error

@@ -50,8 +50,9 @@ from eventsource_anyio import (
     Subscription,
     Transaction,
 )
+from eventsource_anyio.errors import DocumentConflictError
 from eventsource_anyio.ids import SLICES, slice_of
-from eventsource_anyio.stores.interface import StoredMessage
+from eventsource_anyio.stores.interface import Document, StoredMessage
 from eventsource_anyio.testing.reading import forgotten
 from eventsource_anyio.testing.samples import Ended, Happened
 
@@ -131,6 +132,31 @@ class Add:
 
 
 @attrs.frozen
+class Change:
+    """A document to write or delete, where it is absent, or at the revision that it is at now."""
+
+    kind: str
+    key: str
+    value: object
+    expects: bool
+
+    async def __call__(self, target: EventStore | Transaction) -> None:
+        documents = target.documents
+        expected: UUID | None = None
+        if self.expects:
+            found = await documents.get("c", self.key)
+            expected = found.revision if found else UUID(int=0)
+        if self.kind == "add":
+            await documents.add("c", self.key, self.value)
+        elif self.kind == "save":
+            await documents.save("c", self.key, self.value, expected=expected)
+        elif self.kind == "save all":
+            await documents.save_all("c", {self.key: self.value, "b": self.value})
+        else:
+            await documents.delete("c", self.key, expected=expected)
+
+
+@attrs.frozen
 class Delivered:
     message_ids: Sequence[UUID]
 
@@ -151,6 +177,13 @@ asides = (
     st.builds(Save, st.sampled_from(NAMES), st.integers(0, 3), st.none() | st.integers(0, 3))
     | st.builds(Add, st.lists(messages, max_size=3))
     | st.builds(Delivered, st.lists(message_ids, max_size=3))
+    | st.builds(
+        Change,
+        st.sampled_from(["add", "save", "save all", "delete"]),
+        st.sampled_from(["a", "b", "ü"]),
+        st.integers(0, 9) | st.just({"ü": [None, 1e17]}),
+        st.booleans(),
+    )
 )
 
 
@@ -186,6 +219,10 @@ def comparable(answer: object) -> object:
             assert occurred_at == given
             moment = occurred_at if occurred_at != recorded_at else SOME_DAY.replace(year=1970)
             return replace(answer, recorded_at=SOME_DAY, occurred_at=moment)
+        case Document():
+            return (answer.key, answer.value)  # each store has revisions of its own
+        case DocumentConflictError():
+            return (answer.key, answer.expected is None, answer.actual is None)
         case StoredMessage():
             return answer.message  # positions have gaps, in SQLite where an id was there already
         case AppendResult():
@@ -336,12 +373,12 @@ class Stores(RuleBasedStateMachine):
         self,
         new: Sequence[tuple[UUID | str, str, Sequence[NewEvent]]],
         again: Sequence[Attempt],
-        asides: Sequence[Save | Add | Delivered],
+        asides: Sequence[Save | Add | Change | Delivered],
         data: st.DataObject,
     ) -> None:
         """One after another in the reference; together, and in the same order, in SQLite."""
         appends = [Attempt(of, kind, self.new(events), ANY) for of, kind, events in new]
-        units: list[list[Attempt | Save | Add | Delivered]] = [[]]
+        units: list[list[Attempt | Save | Add | Change | Delivered]] = [[]]
         for step in data.draw(st.permutations([*appends, *again, *asides])):
             if isinstance(step, Attempt):
                 expected = data.draw(
@@ -353,7 +390,7 @@ class Stores(RuleBasedStateMachine):
                 units.append([])
 
         async def begin(
-            store: EventStore, unit: Sequence[Attempt | Save | Add | Delivered]
+            store: EventStore, unit: Sequence[Attempt | Save | Add | Change | Delivered]
         ) -> Transaction:
             tx = await store.transaction().__aenter__()
             for one in unit:
@@ -375,9 +412,9 @@ class Stores(RuleBasedStateMachine):
             reference, sqlite = self.stores
             now = anyio.Event()
             now.set()
-            expected = [
-                await outcome(end, await begin(reference, unit), now, now) for unit in units
-            ]
+            # All begin before the first one ends: what they read is the same in both stores.
+            begun = [await begin(reference, unit) for unit in units]
+            expected = [await outcome(end, tx, now, now) for tx in begun]
             begun = [await begin(sqlite, unit) for unit in units]
             turns = [now, *(anyio.Event() for _ in units)]
             with anyio.fail_after(20):
@@ -393,7 +430,7 @@ class Stores(RuleBasedStateMachine):
     # Beside the events
 
     @rule(aside=asides)
-    def write_something_else(self, aside: Save | Add | Delivered) -> None:
+    def write_something_else(self, aside: Save | Add | Change | Delivered) -> None:
         self.both(aside)
 
     @rule(limit=st.sampled_from([1, 2, HUGE]))
@@ -401,10 +438,11 @@ class Stores(RuleBasedStateMachine):
         self.both(lambda store: store.outbox.pending(limit))
 
     @invariant()
-    def they_have_the_same_checkpoints_and_messages(self) -> None:
+    def they_have_the_same_beside_the_events(self) -> None:
         async def look(store: EventStore) -> object:
             found = [await store.checkpoints.get(name) for name in NAMES]
-            return [*found, *await store.outbox.pending()]
+            documents = [*await store.documents.list("c")]
+            return [*found, *await store.outbox.pending(), *documents]
 
         self.both(look)
 

@@ -95,16 +95,21 @@ async def use(store: PostgreSQLEventStore) -> None:
             await tx.append_events("b", "Thing", [Happened(0)], NO_STREAM)
             await tx.checkpoints.save("reader", 1)
             await tx.outbox.add(OutboxMessage("topic", b"payload"))
+            revision = await tx.documents.add("c", "a", 1)
         async with store.transaction() as tx:
             await tx.execute(sqlalchemy.text("SELECT 1"))
             await tx.append_events("a", "Thing", [Happened(5)], 5)
             await tx.checkpoints.save("reader", 2, expected=1)
+            await tx.documents.save("c", "a", {"b": 2}, expected=revision)
         assert numbers(await store.get_events("a")) == [0, 1, 2, 3, 4, 5]
         assert [event.aggregate_id async for event in store.read_all()].count("b") == 1
         assert await store.last_position() >= 7
         assert await store.checkpoints.get("reader") == 2
         (stored,) = await store.outbox.pending()
         await store.outbox.delivered([stored.message.message_id])
+        (document,) = await store.documents.list("c")
+        assert document.value == {"b": 2}
+        await store.documents.delete("c", "a", expected=document.revision)
 
 
 class Cluster:
@@ -228,16 +233,19 @@ async def test_the_sql_that_is_printed_makes_the_same_schema(cluster, names, rol
 
 
 @one_loop
-async def test_a_store_of_version_1_is_upgraded_with_what_is_in_it(cluster):
+@pytest.mark.parametrize("version", range(1, NEWEST))
+async def test_a_store_of_an_older_version_is_upgraded_with_what_is_in_it(cluster, version):
     dsn, fresh = cluster.database(), cluster.database()
     append = (
         "SELECT status FROM eventsource.append_event('Thing', 'a', 0, gen_random_uuid(), "
         f"'{Happened.event_type}', 1, NULL, NULL, '{{\"number\":7}}')"
     )
-    ask(dsn, Schema().beginning(), Schema().step(migrations()[0]))
+    ask(dsn, Schema().beginning(), *map(Schema().step, migrations()[:version]))
     assert ask(dsn, append) == [(0,)]
     store = PostgreSQLEventStore(dsn)
-    with pytest.raises(StorageError, match=f"is at version 1, .* needs version {NEWEST}") as error:
+    with pytest.raises(
+        StorageError, match=f"is at version {version}, .* version {NEWEST}"
+    ) as error:
         await store.__aenter__()
     assert "Run `await store.migrate()`" in str(error.value)
     await store.migrate()
@@ -246,6 +254,7 @@ async def test_a_store_of_version_1_is_upgraded_with_what_is_in_it(cluster):
     async with store:
         await append_numbers(store, 1)
         await store.checkpoints.save("reader", 1)
+        await store.documents.add("c", "a", 1)
         assert numbers(await store.get_events("a")) == [7, 0]
 
 
@@ -285,6 +294,7 @@ async def test_a_role_can_do_what_it_needs_and_no_more(cluster, names, hardened)
         "DELETE FROM es.events",
         "TRUNCATE es.events",
         "DELETE FROM es.checkpoints",
+        "TRUNCATE es.documents",
         "UPDATE es.outbox SET topic = ''",
         "DELETE FROM es.migrations",
         "SELECT setval('es.positions', 1)",
@@ -414,6 +424,7 @@ CHANGES = {
     "ALTER TABLE es.events ALTER payload TYPE bytea USING payload::bytea": "modify_type",
     "ALTER TABLE es.events ALTER event_type TYPE varchar(20)": "modify_type",
     "ALTER TABLE es.migrations ALTER applied_at TYPE timestamp": "modify_type",
+    "ALTER TABLE es.documents ALTER value TYPE text": "modify_type",
     "ALTER TABLE es.events ADD mine int": "remove_column",
     "ALTER TABLE es.outbox DROP key": "add_column",
     "ALTER TABLE es.events ALTER metadata SET NOT NULL": "modify_nullable",

@@ -1,4 +1,4 @@
-"""Checkpoints and the outbox: what the contract of stores leaves open."""
+"""Checkpoints, the outbox and documents: what the contract of stores leaves open."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from eventsource_anyio import (
     StorageError,
     StoredEvent,
 )
+from eventsource_anyio.errors import DocumentConflictError
 from eventsource_anyio.testing.samples import Ended, Happened, append_numbers
 
 connect = sqlite3.connect
@@ -124,6 +125,10 @@ async def test_what_is_stored_comes_back_as_plain_values(store: SQLiteEventStore
         either = other if in_memory else store
         await either.checkpoints.save(Text.TOPIC, Number.SEVEN)
         await either.outbox.add(OutboxMessage(Text.TOPIC, Payload(b"1"), Text.TOPIC))
+        await either.documents.save(Text.TOPIC, Text.TOPIC, {Text.TOPIC: [Number.SEVEN]})
+        (document,) = await either.documents.list("topic")
+        assert type(document.key) is str
+        assert repr(document.value) == "{'topic': [7]}"
         assert type(await either.checkpoints.get("topic")) is int
         (found,) = await either.outbox.pending()
         for value, plain in ((found.message.topic, str), (found.message.key, str)):
@@ -138,7 +143,8 @@ async def test_a_store_in_memory_that_is_opened_again_has_everything():
             async with store.transaction() as tx:
                 await tx.checkpoints.save("reader", version, expected=version - 1)
                 await tx.outbox.add(OutboxMessage("t", b"%d" % version))
-            assert len(await pending(store)) == version
+                await tx.documents.add("c", str(version), version)
+            assert len(await pending(store)) == len(await store.documents.list("c")) == version
 
 
 # -- in the file ------------------------------------------------------------------------------
@@ -148,10 +154,11 @@ async def test_a_file_that_is_opened_again_has_everything(path: Path):
     async with SQLiteEventStore(path) as store:
         await store.checkpoints.save("reader", 7)
         await store.outbox.add(OutboxMessage("t", b"1", "k", {"user": "ann"}))
-        before = await store.outbox.pending()
+        await store.documents.save_all("c", {"a": {"b": [1e300]}, "ü": None})
+        before = [*await store.outbox.pending(), *await store.documents.list("c")]
     async with SQLiteEventStore(path) as store:
         assert await store.checkpoints.get("reader") == 7
-        assert await store.outbox.pending() == before
+        assert [*await store.outbox.pending(), *await store.documents.list("c")] == before
 
 
 async def test_positions_of_an_outbox_that_was_empty_do_not_start_again(path: Path):
@@ -179,6 +186,21 @@ async def test_a_message_that_was_broken_in_the_file_is_reported_and_can_be_mend
     assert [one.message.metadata for one in await store.outbox.pending()] == [{"user": "bob"}]
 
 
+async def test_a_document_that_was_broken_in_the_file_is_reported_and_can_be_mended(
+    path: Path, store: SQLiteEventStore
+):
+    revision = await store.documents.add("c", "a", 1)
+    for broken in ("'{\"user\"'", "CAST(x'22ff22' AS TEXT)", "''"):
+        execute(path, f"UPDATE documents SET value = {broken}")
+        for call in (store.documents.get("c", "a"), store.documents.list("c")):
+            with pytest.raises(StorageError, match=r"'a' of 'c' cannot be read\.\n.*\n"):
+                await call
+    execute(path, "UPDATE documents SET value = '{\"mended\": 1}'")
+    found = await store.documents.get("c", "a")
+    assert found is not None
+    assert (found.value, found.revision) == ({"mended": 1}, revision)
+
+
 async def test_stores_on_one_file_see_each_others_checkpoints_and_messages(
     path: Path, store: SQLiteEventStore
 ):
@@ -187,6 +209,12 @@ async def test_stores_on_one_file_see_each_others_checkpoints_and_messages(
         with pytest.raises(CheckpointConflictError):
             await other.checkpoints.save("reader", 2, expected=0)
         await other.checkpoints.save("reader", 2, expected=1)
+        revision = await store.documents.add("c", "a", 1)
+        with pytest.raises(DocumentConflictError):
+            await other.documents.add("c", "a", 2)
+        await other.documents.save("c", "a", 2, expected=revision)
+        with pytest.raises(DocumentConflictError):
+            await store.documents.save("c", "a", 3, expected=revision)
         message = OutboxMessage("t", b"1")
         await store.outbox.add(message)
         await other.outbox.delivered([message.message_id])
@@ -275,8 +303,11 @@ async def test_nothing_to_add_or_to_take_out_is_no_transaction(path: Path, state
         statements.clear()
         await store.outbox.add()
         await store.outbox.delivered([])
+        await store.documents.save_all("c", {})
+        await store.documents.get_all("c", [])
         async with store.transaction() as tx:
             await tx.outbox.add()
+            await tx.documents.save_all("c", {})
         assert statements == []
 
 

@@ -226,9 +226,9 @@ async def test_processes_that_open_a_file_together_make_one_schema(
             connection = sqlite3.connect(path)
             tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             assert sorted(name for (name,) in tables) == [
-                *("checkpoints", "events", "outbox", "sqlite_sequence")
+                *("checkpoints", "documents", "events", "outbox", "sqlite_sequence")
             ]
-            assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+            assert connection.execute("PRAGMA user_version").fetchone() == (3,)
             found = connection.execute("SELECT count(*) FROM events").fetchone()
             assert found == (events_before + 2,)
             connection.close()

@@ -44,6 +44,7 @@ connect = sqlite3.connect
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
 LOOK = database._LAST
 VERSION_1 = Path(__file__).with_name("sqlite_version_1.sql")
+VERSION_2 = Path(__file__).with_name("sqlite_version_2.sql")
 
 
 class Watched:
@@ -107,10 +108,14 @@ async def read(store: SQLiteEventStore) -> list[StoredEvent]:
     return [stored async for stored in store.read_all()]
 
 
-def make_version_1(path: Path) -> None:
+def make_version_1(path: Path, script: Path = VERSION_1) -> None:
     connection = connect(path)
-    connection.executescript(VERSION_1.read_text(encoding="utf-8"))
+    connection.executescript(script.read_text(encoding="utf-8"))
     connection.close()
+
+
+def make_version_2(path: Path) -> None:
+    make_version_1(path, VERSION_2)
 
 
 def execute(path: Path, statement: str) -> list[tuple[object, ...]]:
@@ -201,7 +206,7 @@ async def test_an_empty_file_may_have_been_numbered_by_another_program(path: Pat
     connection.close()
     async with SQLiteEventStore(path) as store:
         await append_numbers(store, 1)
-    assert execute(path, "PRAGMA user_version") == [(2,)]
+    assert execute(path, "PRAGMA user_version") == [(3,)]
 
 
 async def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path):
@@ -231,14 +236,30 @@ async def test_a_file_of_version_1_is_upgraded_when_it_is_opened(path: Path):
                 await tx.outbox.add(OutboxMessage("t", b""))
             assert len(await store.outbox.pending()) == opened
             assert await store.last_position() == 2 + opened
-        assert execute(path, "PRAGMA user_version") == [(2,)]
+        assert execute(path, "PRAGMA user_version") == [(3,)]
 
 
-async def test_an_upgraded_file_is_as_one_that_was_made_so(tmp_path: Path):
+async def test_a_file_of_version_2_is_upgraded_when_it_is_opened(path: Path):
+    make_version_2(path)
+    for opened in (1, 2):
+        async with SQLiteEventStore(path) as store:
+            assert len(await read(store)) == 2
+            assert await store.checkpoints.get("old") == 2
+            (stored,) = await store.outbox.pending()
+            assert (stored.position, stored.message.message_id) == (7, UUID(int=3))
+            await store.documents.add("c", str(opened), opened)
+            assert len(await store.documents.list("c")) == opened
+        assert execute(path, "PRAGMA user_version") == [(3,)]
+
+
+@pytest.mark.parametrize("make_old", [make_version_1, make_version_2])
+async def test_an_upgraded_file_is_as_one_that_was_made_so(
+    tmp_path: Path, make_old: Callable[[Path], None]
+):
     schemas: list[list[tuple[object, ...]]] = []
     for name in ("old.db", "new.db"):
         if name == "old.db":
-            make_version_1(tmp_path / name)
+            make_old(tmp_path / name)
         async with SQLiteEventStore(tmp_path / name):
             pass
         found = execute(tmp_path / name, "SELECT type, name, sql FROM sqlite_master")
@@ -246,7 +267,7 @@ async def test_an_upgraded_file_is_as_one_that_was_made_so(tmp_path: Path):
             sorted((kind, name, " ".join(str(sql).split())) for kind, name, sql in found)
         )
     assert schemas[0] == schemas[1]
-    assert ("table", "outbox") in [one[:2] for one in schemas[0]]
+    assert {("table", "outbox"), ("table", "documents")} <= {one[:2] for one in schemas[0]}
 
 
 async def test_an_upgrade_that_fails_has_changed_nothing(
@@ -329,7 +350,7 @@ def test_what_is_no_file_and_no_setting_is_refused():
             SQLiteEventStore(refused, **settings)
 
 
-@pytest.mark.parametrize("before", [None, make_version_1])
+@pytest.mark.parametrize("before", [None, make_version_1, make_version_2])
 async def test_another_process_may_make_the_file_at_any_moment_of_its_opening(
     tmp_path: Path, watched: Watched, before: Callable[[Path], None] | None
 ):
@@ -353,7 +374,7 @@ async def test_another_process_may_make_the_file_at_any_moment_of_its_opening(
             await append_numbers(store, 1)
             await store.checkpoints.save("reader", 1, expected=0)
             assert await store.last_position() == (3 if before else 1)
-        assert execute(path, "PRAGMA user_version") == [(2,)]
+        assert execute(path, "PRAGMA user_version") == [(3,)]
         return left <= 0
 
     nth = 1

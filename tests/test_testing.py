@@ -25,14 +25,17 @@ from eventsource_anyio import (
     StoredEvent,
     applies,
 )
+from eventsource_anyio.repositories.document import Document, DocumentChange, changes
 from eventsource_anyio.repositories.outbox import OutboxStep
 from eventsource_anyio.stores.interface import (
     AddMessages,
     Append,
+    DeleteDocument,
     Page,
     PageRequest,
     RemoveMessages,
     SaveCheckpoint,
+    SaveDocuments,
     Step,
 )
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
@@ -453,6 +456,60 @@ class StartsAgain(InMemoryEventStore):
         super()._change_outbox(step)
 
 
+def unconditional(step: Step) -> Step:
+    if isinstance(step, SaveDocuments):
+        documents = [replace(one, expected=None, absent=False) for one in step.documents]
+        return SaveDocuments(documents)
+    return replace(step, expected=None) if isinstance(step, DeleteDocument) else step
+
+
+class ForgetsTheRevision(InMemoryEventStore):
+    """It writes a document, whatever revision was expected."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        return await super()._write([unconditional(step) for step in steps])
+
+
+class ComparesRevisionsTooEarly(InMemoryEventStore):
+    """Somebody else may save a document between the comparison and the saving of it."""
+
+    async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        for step in steps:
+            if isinstance(step, SaveDocuments | DeleteDocument):
+                for change in changes(step):
+                    found = await self._documents_by_key(change.collection, [change.key])
+                    change.check(found[0].revision if found else None)
+        await checkpoint()
+        return await super()._write([unconditional(step) for step in steps])
+
+
+class KeepsDocuments(InMemoryEventStore):
+    """Deleted documents are still there."""
+
+    def _change_document(self, change: DocumentChange) -> None:
+        if not isinstance(change, DeleteDocument):
+            super()._change_document(change)
+
+
+class OneCollection(InMemoryEventStore):
+    """It takes no notice of collections when it lists."""
+
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        await checkpoint()
+        found: list[Document] = []
+        for name in self._documents:
+            found += await super()._documents_after(name, after, limit)
+        return found[:limit]
+
+
+class ListsByAge(InMemoryEventStore):
+    """It lists documents in the order in which they were added."""
+
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        keys = [key for key in self._documents.get(collection, {}) if key > after]
+        return await self._documents_by_key(collection, keys[:limit])
+
+
 class StaysOpen(InMemoryEventStore):
     """It is used after it was closed, as if nothing had happened."""
 
@@ -551,6 +608,17 @@ def test_the_contract_holds_for_a_store_that_is_right(contract, store_class):
         (TakesMessagesTwice, "test_adding_the_same_message_again_changes_nothing"),
         (StartsAgain, "test_positions_of_the_outbox_grow_for_ever"),
         (StaysOpen, "test_a_closed_store_says_so"),
+        (WritesOneAfterAnother, "test_a_conflict_takes_documents_and_everything_else_back"),
+        (WritesEventsOnly, "test_documents_are_stored_together_with_everything_else"),
+        (ForgetsTheRevision, "test_a_document_that_is_there_is_not_added"),
+        (ForgetsTheRevision, "test_a_document_is_saved_and_deleted_only_where_it_is_expected"),
+        (ForgetsTheRevision, "test_what_others_do_to_a_document_meanwhile_is_a_conflict"),
+        (ComparesRevisionsTooEarly, "test_one_of_many_writes_a_document"),
+        (ComparesRevisionsTooEarly, "test_a_step_sees_what_was_done_to_a_document_before_it"),
+        (KeepsDocuments, "test_what_is_deleted_is_gone_and_may_be_added_anew"),
+        (OneCollection, "test_every_key_of_every_collection_is_a_document_of_its_own"),
+        (ListsByAge, "test_documents_are_listed_by_key_in_pages"),
+        (StaysOpen, "test_the_documents_of_a_closed_store_say_so"),
         (StaysOpen, "test_the_repositories_of_a_closed_store_say_so"),
     ],
 )

@@ -6,7 +6,7 @@ Each `ignore` is a mistake that they have to see: they report one where there is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import assert_type
 from uuid import UUID
 
@@ -37,6 +37,7 @@ from eventsource_anyio import (
     applies,
     upcaster,
 )
+from eventsource_anyio.repositories.document import Document, DocumentRepository
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
 
 
@@ -130,6 +131,8 @@ async def of_a_store(store: EventStore) -> None:
         assert_type(transaction, Transaction)
         assert_type(transaction.checkpoints, CheckpointRepository)
         assert_type(transaction.outbox, OutboxRepository)
+        assert_type(transaction.documents, DocumentRepository)
+        assert_type(await transaction.documents.save("leases", "a", 1), UUID)
     await store.append_events("t", "Tank", [5], ANY)  # type: ignore[list-item]
     await store.append_events("t", "Tank", [Filled(5)])  # type: ignore[call-arg]
     await store.append_events("t", "Tank", [Filled(5)], "ANY")  # type: ignore[arg-type]
@@ -150,6 +153,29 @@ async def of_repositories(store: EventStore) -> None:
     await store.outbox.add(OutboxMessage("topic", "text"))  # type: ignore[arg-type]
     await store.outbox.add("text")  # type: ignore[arg-type]
     await store.outbox.delivered(["7"])  # type: ignore[list-item]
+
+
+async def of_documents(store: EventStore) -> None:
+    documents = store.documents
+    assert_type(documents, DocumentRepository)
+    revision = await documents.add("leases", "a", {"until": 7.5, "by": ["me", None]})
+    assert_type(revision, UUID)
+    assert_type(await documents.save("leases", "a", None, expected=revision), UUID)
+    found = await documents.get("leases", "a")
+    assert_type(found, Document | None)
+    if found is not None:
+        assert_type(found.key, str)
+        assert_type(found.value, object)
+        assert_type(found.revision, UUID)
+        found.value = 7  # type: ignore[misc]
+    assert_type(await documents.get_all("leases", ["a"]), Mapping[str, Document])
+    assert_type(await documents.list("leases", after="a", limit=7), Sequence[Document])
+    await documents.save_all("leases", {"a": 1, "b": [2]})
+    await documents.delete("leases", "a", expected=revision)
+    await documents.save("leases", "a", 1, revision)  # type: ignore[call-arg]
+    await documents.save("leases", "a", 1, expected="7")  # type: ignore[arg-type]
+    await documents.get("leases", 7)  # type: ignore[arg-type]
+    await documents.save_all("leases", {1: "a"})  # type: ignore[dict-item]
 
 
 async def of_opening() -> None:

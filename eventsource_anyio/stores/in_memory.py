@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from heapq import nsmallest
 from itertools import islice
 from typing import TypeAlias
 from uuid import UUID
@@ -21,10 +22,19 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from ..errors import StoreClosedError
 from ..ids import AggregateId, slice_of, stream_id_of
 from ..repositories.checkpoint import SaveCheckpoint
+from ..repositories.document import (
+    Document,
+    DocumentChange,
+    EncodedDocument,
+    changes,
+    decode_document,
+    revision_after,
+)
 from ..repositories.outbox import (
     AddMessages,
     EncodedMessage,
     OutboxStep,
+    RemoveMessages,
     StoredMessage,
     decode_message,
 )
@@ -50,6 +60,7 @@ class InMemoryEventStore(EventStore):
         self._checkpoints: dict[str, int] = {}
         self._outbox: dict[UUID, tuple[EncodedMessage, int, datetime]] = {}
         self._messages = 0
+        self._documents: dict[str, dict[str, EncodedDocument]] = {}
         self._signal: AppendSignal | None = None
 
     async def _open(self) -> None:
@@ -82,6 +93,7 @@ class InMemoryEventStore(EventStore):
         results: list[AppendResult] = []
         saved: dict[str, int] = {}
         messages: list[OutboxStep] = []
+        documents: dict[tuple[str, str], DocumentChange] = {}
         try:
             for step in steps:
                 if isinstance(step, Append):
@@ -89,8 +101,14 @@ class InMemoryEventStore(EventStore):
                 elif isinstance(step, SaveCheckpoint):
                     step.check(saved.get(step.name, self._checkpoints.get(step.name, 0)))
                     saved[step.name] = step.position
-                else:
+                elif isinstance(step, AddMessages | RemoveMessages):
                     messages.append(step)
+                else:
+                    for change in changes(step):
+                        name = (change.collection, change.key)
+                        known = documents.get(name) or self._document(*name)
+                        change.check(revision_after(known) if known else None)
+                        documents[name] = change
         except BaseException:
             self._forget(before)
             raise
@@ -98,6 +116,8 @@ class InMemoryEventStore(EventStore):
         self._checkpoints.update(saved)
         for step in messages:
             self._change_outbox(step)
+        for change in documents.values():
+            self._change_document(change)
         signal.advance(len(self._records))
         return results
 
@@ -111,6 +131,16 @@ class InMemoryEventStore(EventStore):
         else:
             for message_id in step.message_ids:
                 self._outbox.pop(message_id, None)
+
+    def _document(self, collection: str, key: str) -> EncodedDocument | None:
+        return self._documents.get(collection, {}).get(key)
+
+    def _change_document(self, change: DocumentChange) -> None:
+        of_collection = self._documents.setdefault(change.collection, {})
+        if isinstance(change, EncodedDocument):
+            of_collection[change.key] = change
+        else:
+            of_collection.pop(change.key, None)
 
     def _append(self, append: Append) -> AppendResult:
         aggregate_type, aggregate_id = append.aggregate_type, append.aggregate_id
@@ -233,3 +263,22 @@ class InMemoryEventStore(EventStore):
             )
             for message, position, recorded_at in islice(self._outbox.values(), limit)
         ]
+
+    async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
+        await checkpoint()
+        self._opened()
+        stored = self._documents.get(collection, {})
+        return [_decoded(stored[key]) for key in keys if key in stored]
+
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        await checkpoint()
+        self._opened()
+        stored = self._documents.get(collection, {})
+        keys = nsmallest(min(limit, len(stored)), (key for key in stored if key > after))
+        return [_decoded(stored[key]) for key in keys]
+
+
+def _decoded(document: EncodedDocument) -> Document:
+    return decode_document(
+        document.collection, document.key, document.revision, document.value_json
+    )

@@ -1,7 +1,7 @@
 """The event store: what every implementation guarantees, and what one has to supply.
 
 The public methods are written here once, over five protected ones (`_open`, `_close`, `_write`,
-`_read`, `_wait`) and four look-ups, which are all that a store implements. A store that passes
+`_read`, `_wait`) and six look-ups, which are all that a store implements. A store that passes
 `eventsource_anyio.testing.EventStoreContract` is a store.
 
 Guarantees of every store:
@@ -36,6 +36,14 @@ from ..ids import (
 )
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository, SaveCheckpoint
+from ..repositories.document import (
+    DeleteDocument,
+    Document,
+    DocumentRepository,
+    EncodedDocument,
+    SaveDocuments,
+    decode_document,
+)
 from ..repositories.outbox import (
     AddMessages,
     OutboxRepository,
@@ -45,7 +53,7 @@ from ..repositories.outbox import (
 )
 from .reading import EventIterator, Page, PageRequest, Subscription
 from .records import Append, AppendResult, ExpectedVersion, Step, decode_stored, encode_append
-from .transaction import Transaction
+from .transaction import LookUps, Transaction
 
 __all__ = [
     "ANY",
@@ -54,6 +62,9 @@ __all__ = [
     "AddMessages",
     "Append",
     "AppendResult",
+    "DeleteDocument",
+    "Document",
+    "EncodedDocument",
     "EventStore",
     "EventStream",
     "ExpectedVersion",
@@ -62,10 +73,12 @@ __all__ = [
     "ReadOptions",
     "RemoveMessages",
     "SaveCheckpoint",
+    "SaveDocuments",
     "Step",
     "StoredMessage",
     "Subscription",
     "Transaction",
+    "decode_document",
     "decode_message",
     "decode_stored",
     "slice_of",
@@ -212,12 +225,17 @@ class EventStore(ABC):
         return result
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
-        """Appends to any streams, checkpoints and messages, stored together or not at all.
+        """Appends to any streams, checkpoints, messages and documents, stored together or not.
 
         They are written when the block ends without an exception, so that no lock is held while
         the caller's code runs: `ConcurrencyError` and the others are raised at its end.
         """
-        return Transaction(self._write, self._checkpoint, self._pending)
+        return Transaction(self._write, self._look_ups())
+
+    def _look_ups(self) -> LookUps:
+        return LookUps(
+            self._checkpoint, self._pending, self._documents_by_key, self._documents_after
+        )
 
     @property
     def checkpoints(self) -> CheckpointRepository:
@@ -228,6 +246,11 @@ class EventStore(ABC):
     def outbox(self) -> OutboxRepository:
         """The messages that wait to be delivered; it holds nothing, and needs no keeping."""
         return OutboxRepository(self._pending, self._write)
+
+    @property
+    def documents(self) -> DocumentRepository:
+        """Small JSON values by collection and key; it holds nothing, and needs no keeping."""
+        return DocumentRepository(self._documents_by_key, self._documents_after, self._write)
 
     async def get_events(
         self,
@@ -334,8 +357,9 @@ class EventStore(ABC):
         For each `Append`: if `append.expects(version)` says no, or an event id is stored already,
         return `append.repeated(…)` where there is any of its ids, else raise `append.conflict(…)`;
         otherwise store its events and return `append.result(…)`. `SaveCheckpoint` is stored if
-        `check(…)` of where the checkpoint is does not raise. A step sees those before it. A
-        cancelled call stores nothing unless it was being written.
+        `check(…)` of where the checkpoint is does not raise; so are `SaveDocuments`, each by the
+        revision it is at, and `DeleteDocument`. A step sees those before it. A cancelled call
+        stores nothing unless it was being written.
         """
 
     @abstractmethod
@@ -357,6 +381,14 @@ class EventStore(ABC):
     @abstractmethod
     async def _pending(self, limit: int) -> Sequence[StoredMessage]:
         """The first messages of the outbox by position, made by `decode_message`."""
+
+    @abstractmethod
+    async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
+        """Those of the documents that exist, in any order, made by `decode_document`."""
+
+    @abstractmethod
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        """The first documents whose key is greater, by key in code-point order."""
 
 
 def _stream_request(

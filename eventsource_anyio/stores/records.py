@@ -25,6 +25,7 @@ from ..ids import (
 )
 from ..metadata import Metadata, decode_metadata, encode_metadata, merge_metadata
 from ..repositories.checkpoint import SaveCheckpoint
+from ..repositories.document import DocumentStep
 from ..repositories.outbox import OutboxStep
 
 
@@ -162,7 +163,7 @@ def _same(encoded: EncodedEvent, stored: StoredEvent) -> bool:
     return codec.encode(stored.event).decode() == encoded.payload
 
 
-Step: TypeAlias = Append | SaveCheckpoint | OutboxStep
+Step: TypeAlias = Append | SaveCheckpoint | OutboxStep | DocumentStep
 
 
 class AppendResult(Struct, frozen=True, gc=False):

@@ -19,8 +19,9 @@ T = TypeVar("T")
 class SQLTransaction(Transaction, ABC):
     """A `Transaction` that also runs the user's SQL, by SQLAlchemy: all of it together or nothing.
 
-    It begins with the first SQL and ends with the block, which writes the appends, checkpoints and
-    messages, and commits. If a cancellation of a scope comes out of the block, nothing was stored.
+    It begins with the first SQL and ends with the block, which writes the appends, checkpoints,
+    messages and documents, and commits. If a cancellation of a scope comes out of the block,
+    nothing was stored.
 
     What goes wrong with SQL is raised as SQLAlchemy raises it, at the end of the block too, where
     the ORM flushes and deferred constraints are checked. Let it leave the block, and so a

@@ -7,34 +7,40 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
+from msgspec import Struct
 
 from ..events import DomainEvent, NewEvent
 from ..ids import AggregateId
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository
+from ..repositories.document import Document, DocumentRepository
 from ..repositories.outbox import OutboxRepository, StoredMessage
 from .records import AppendResult, ExpectedVersion, Step, encode_append
 
 Write: TypeAlias = Callable[[Sequence[Step]], Awaitable[Sequence[AppendResult]]]
-ReadCheckpoint: TypeAlias = Callable[[str], Awaitable[int]]
-ReadPending: TypeAlias = Callable[[int], Awaitable[Sequence[StoredMessage]]]
+
+
+class LookUps(Struct, frozen=True):
+    """How a store looks up what it keeps beside its events: see the methods of these names."""
+
+    checkpoint: Callable[[str], Awaitable[int]]
+    pending: Callable[[int], Awaitable[Sequence[StoredMessage]]]
+    documents_by_key: Callable[[str, Sequence[str]], Awaitable[Sequence[Document]]]
+    documents_after: Callable[[str, str, int], Awaitable[Sequence[Document]]]
 
 
 class Transaction:
-    """Appends, checkpoints and messages, stored together when the block ends, or not at all.
+    """Appends, checkpoints, messages and documents, stored together when the block ends, or not.
 
     `results` holds one result an append, in order, once the block has ended; nobody sees anything
     of it before, not inside the block either.
     """
 
-    __slots__ = ("_checkpoint", "_open", "_pending", "_steps", "_write", "results")
+    __slots__ = ("_look_ups", "_open", "_steps", "_write", "results")
 
-    def __init__(
-        self, write: Write, read_checkpoint: ReadCheckpoint, read_pending: ReadPending
-    ) -> None:
+    def __init__(self, write: Write, look_ups: LookUps) -> None:
         self._write = write
-        self._checkpoint = read_checkpoint
-        self._pending = read_pending
+        self._look_ups = look_ups
         self._steps: list[Step] = []
         self._open: bool | None = None
         self.results: tuple[AppendResult, ...] = ()
@@ -60,13 +66,23 @@ class Transaction:
     def checkpoints(self) -> CheckpointRepository:
         """As `EventStore.checkpoints`, but saved, and compared, at the end of the block."""
         self._check_open()
-        return CheckpointRepository(self._checkpoint, self._add)
+        return CheckpointRepository(self._look_ups.checkpoint, self._add)
 
     @property
     def outbox(self) -> OutboxRepository:
         """As `EventStore.outbox`, but added to, and taken from, at the end of the block."""
         self._check_open()
-        return OutboxRepository(self._pending, self._add)
+        return OutboxRepository(self._look_ups.pending, self._add)
+
+    @property
+    def documents(self) -> DocumentRepository:
+        """As `EventStore.documents`, but written, and compared, at the end of the block.
+
+        A revision that is returned is that of the document once the block has ended.
+        """
+        self._check_open()
+        look_ups = self._look_ups
+        return DocumentRepository(look_ups.documents_by_key, look_ups.documents_after, self._add)
 
     async def __aenter__(self) -> Self:
         await checkpoint()

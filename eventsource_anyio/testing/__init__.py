@@ -8,8 +8,11 @@ import pytest
 
 pytest.register_assert_rewrite(
     *(f"eventsource_anyio.testing.{name}" for name in ("appending", "reading", "subscribing")),
-    *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "transacting")),
-    *(f"eventsource_anyio.testing.{name}" for name in ("sql_transacting", "cancelling")),
+    *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "documents", "transacting")),
+    *(
+        f"eventsource_anyio.testing.{name}"
+        for name in ("document_transacting", "sql_transacting", "cancelling")
+    ),
 )
 
 from .cancelling import cancel_at_every_checkpoint  # noqa: E402

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .appending import AppendContract
 from .cancelling import CancelContract
+from .document_transacting import DocumentTransactContract
+from .documents import DocumentContract
 from .reading import ReadContract
 from .repositories import RepositoryContract
 from .slicing import SliceContract
@@ -17,7 +19,9 @@ class EventStoreContract(
     SubscribeContract,
     SliceContract,
     RepositoryContract,
+    DocumentContract,
     TransactContract,
+    DocumentTransactContract,
     CancelContract,
 ):
     """What every `EventStore` does, as tests.

@@ -1,4 +1,4 @@
-"""The contract of what a store keeps beside its events: checkpoints and the outbox."""
+"""The contract of checkpoints and the outbox; that of documents is in `documents`."""
 
 from __future__ import annotations
 

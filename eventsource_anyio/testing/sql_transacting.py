@@ -11,7 +11,12 @@ from sqlalchemy import ForeignKey, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
 
-from ..errors import CheckpointConflictError, ConcurrencyError, DuplicateEventError
+from ..errors import (
+    CheckpointConflictError,
+    ConcurrencyError,
+    DocumentConflictError,
+    DuplicateEventError,
+)
 from ..events import NewEvent
 from ..stores.interface import ANY, NO_STREAM
 from ..stores.postgresql import PostgreSQLEventStore
@@ -97,13 +102,19 @@ class SQLTransactContract:
             await tx.checkpoints.save("reader", 1, expected=0)
             await tx.run_sync(open_account, "b")
             await tx.outbox.add(message("new"))
+            revision = await tx.documents.add("c", "a", {"of": "a"})
+            await tx.documents.save_all("c", {"b": 1, "d": 1})
             assert await count(tx, "b") == 1
             assert await count(tx, "c") == 0
             # Inside the block everybody sees what is stored.
             assert await tx.checkpoints.get("reader") == 0
             assert await content(store, "reader") == ([], [0], [])
+            assert await tx.documents.list("c") == []
         assert [result.version for result in tx.results] == [1]
         assert await content(store, "reader") == (["a"], [1], ["new"])
+        found = await store.documents.list("c")
+        assert [one.value for one in found] == [{"of": "a"}, 1, 1]
+        assert found[0].revision == revision
         assert await totals(store) == {"a": 1, "b": 1}
         assert (await store.append_events("a", "Thing", [Ended()], 1)).version == 2
 
@@ -120,6 +131,8 @@ class SQLTransactContract:
         event = NewEvent(Ended())
         await store.append_events("known", "Thing", [event], NO_STREAM)
         await store.checkpoints.save("reader", 3)
+        await store.documents.add("c", "known", 3)
+        documents = await store.documents.list("c")
         before = await content(store, "reader")
 
         async def fail(kind: str) -> None:
@@ -129,6 +142,7 @@ class SQLTransactContract:
                 await count(tx, "a")
                 await tx.run_sync(open_account, "b", entries=3)
                 await tx.outbox.add(message("new"))
+                await tx.documents.save_all("c", {"a": 1, "known": 9})
                 if kind == "sql":
                     await tx.execute(insert(Account).values(name="a"))
                 elif kind == "flush":
@@ -137,6 +151,8 @@ class SQLTransactContract:
                     await tx.execute(insert(Entry).values(number=9, account="nobody's"))
                 elif kind == "checkpoint":
                     await tx.checkpoints.save("reader", 10, expected=3)
+                elif kind == "document":
+                    await tx.documents.add("c", "known", 9)
                 elif kind == "version":
                     await tx.append_events("known", "Thing", [Ended()], NO_STREAM)
                 elif kind == "event id":
@@ -151,6 +167,7 @@ class SQLTransactContract:
             ("flush", IntegrityError),
             ("deferred", IntegrityError),
             ("checkpoint", CheckpointConflictError),
+            ("document", DocumentConflictError),
             ("version", ConcurrencyError),
             ("event id", DuplicateEventError),
             ("function", KeyError),
@@ -159,6 +176,7 @@ class SQLTransactContract:
             with pytest.raises(error):
                 await fail(kind)
             assert await content(store, "reader") == before, kind
+            assert await store.documents.list("c") == documents, kind
             assert await totals(store) == {"a": 0}, kind
         async with store.transaction() as tx:
             assert (await tx.execute(select(func.count()).select_from(Entry))).scalar_one() == 0

@@ -36,6 +36,7 @@ _PRIVILEGES = {
     "positions": ("SELECT", "USAGE"),
     "checkpoints": ("SELECT", "INSERT", "UPDATE"),
     "outbox": ("SELECT", "INSERT", "DELETE"),
+    "documents": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "migrations": ("SELECT",),
 }
 _FUNCTION = re.compile(

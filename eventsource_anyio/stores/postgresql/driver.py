@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 # What a column holds is known to the statement alone.
 Row: TypeAlias = Sequence[Any]
@@ -24,6 +24,12 @@ class DriverError(Exception):
         super().__init__(message)
         self.sqlstate = sqlstate
         self.lost = lost  # the connection is gone, and with it the answer
+
+
+class Fetch(Protocol):
+    """Runs a statement in whatever transaction it belongs to."""
+
+    async def __call__(self, statement: str, *values: object) -> Sequence[Row]: ...
 
 
 class Connection(ABC):

@@ -88,6 +88,17 @@ def metadata(*, schema: str = "eventsource", prefix: str = "") -> MetaData:
         sa.UniqueConstraint("message_id", name=name("outbox_message_id")),
     )
     sa.Table(
+        name("documents"),
+        made,
+        sa.Column("collection", exact, nullable=False),
+        sa.Column("key", exact, nullable=False),
+        sa.Column("revision", pg.UUID, nullable=False),
+        sa.Column("value", pg.JSONB, nullable=False),
+        sa.Column("updated_at", moment, nullable=False),
+        sa.PrimaryKeyConstraint("collection", "key", name=name("documents_key")),
+        postgresql_with={"fillfactor": 50},
+    )
+    sa.Table(
         name("migrations"),
         made,
         sa.Column("version", sa.Integer, nullable=False, autoincrement=False),

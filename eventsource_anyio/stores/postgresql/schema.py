@@ -107,6 +107,8 @@ GRANT EXECUTE ON FUNCTION es.safe_position, es.append_event, es.append_events TO
 GRANT SELECT, INSERT, UPDATE ON es.checkpoints TO :role;
 GRANT EXECUTE ON FUNCTION es.save_checkpoint TO :role;
 GRANT SELECT, INSERT, DELETE ON es.outbox TO :role;
+GRANT SELECT, INSERT, UPDATE, DELETE ON es.documents TO :role;
+GRANT EXECUTE ON FUNCTION es.write_documents TO :role;
 GRANT SELECT ON es.migrations TO :role;
 """
         )

@@ -85,6 +85,17 @@ class Statements:
             "SELECT message_id, topic, key, payload, metadata, position, recorded_at "
             "FROM es.outbox ORDER BY position LIMIT $1"
         )
+        self.write_documents = sql(
+            "SELECT conflict, actual FROM es.write_documents($1, $2, $3, $4, $5, $6)"
+        )
+        self.documents_by_key = sql(
+            "SELECT key, revision, value::text FROM es.documents "
+            "WHERE collection = $1 AND key = ANY ($2::text[])"
+        )
+        self.documents_after = sql(
+            "SELECT key, revision, value::text FROM es.documents "
+            "WHERE collection = $1 AND key > $2 ORDER BY key LIMIT $3"
+        )
         # One row, whatever is missing: each name is looked up and never just used.
         self.about = sql(
             "SELECT to_regclass('es.migrations') IS NOT NULL, "

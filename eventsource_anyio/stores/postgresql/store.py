@@ -15,6 +15,7 @@ from attrs import frozen
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
 from ...ids import AggregateId
+from ...repositories.document import Document, decode_document
 from ...repositories.outbox import StoredMessage, decode_message
 from ..interface import Append, AppendResult, EventStore, Page, PageRequest, Step
 from ..signal import AppendSignal
@@ -170,11 +171,10 @@ class PostgreSQLEventStore(EventStore):
         """
         state = self._opened()
         if within is not None:
-            return Transaction(self._write_within(within), self._checkpoint, self._pending)
+            return Transaction(self._write_within(within), self._look_ups())
         return PostgreSQLTransaction(
             self._write,
-            self._checkpoint,
-            self._pending,
+            self._look_ups(),
             self._write_in,
             state.guest,
             self._sql_engine,
@@ -406,6 +406,16 @@ class PostgreSQLEventStore(EventStore):
     async def _pending(self, limit: int) -> Sequence[StoredMessage]:
         rows = await self._fetch(self._opened().statements.pending, limit)
         return [decode_message(*row) for row in rows]
+
+    async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
+        statement = self._opened().statements.documents_by_key
+        rows = await self._fetch(statement, collection, list(keys))
+        return [decode_document(collection, *row) for row in rows]
+
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        statement = self._opened().statements.documents_after
+        rows = await self._fetch(statement, collection, after, limit)
+        return [decode_document(collection, *row) for row in rows]
 
 
 def _bounds(request: PageRequest) -> tuple[int, int]:

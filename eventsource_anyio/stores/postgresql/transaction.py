@@ -19,11 +19,10 @@ from ...cleanup import shielded_cleanup
 from ...errors import EventSourceError
 from ..records import AppendResult, Step
 from ..sql_transaction import SQLTransaction
-from ..transaction import ReadCheckpoint, ReadPending, Write
+from ..transaction import LookUps, Write
 from .asyncpg_driver import RawConnection, translated
-from .driver import DriverError, Row
+from .driver import DriverError, Fetch, Row
 from .failures import storage_error
-from .writing import Fetch
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable, Result
@@ -52,14 +51,13 @@ class PostgreSQLTransaction(SQLTransaction):
     def __init__(
         self,
         write: Write,
-        read_checkpoint: ReadCheckpoint,
-        read_pending: ReadPending,
+        look_ups: LookUps,
         write_in: WriteIn,
         guest: Guest,
         engine: Callable[[], AsyncEngine],
         committed: Callable[[], Awaitable[None]],
     ) -> None:
-        super().__init__(write, read_checkpoint, read_pending)
+        super().__init__(write, look_ups)
         self._write_in = write_in
         self._guest = guest
         self._engine = engine

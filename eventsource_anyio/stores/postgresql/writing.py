@@ -1,4 +1,4 @@
-"""Steps that are written in one transaction: checkpoints and messages first, appends last.
+"""Steps that are written in one transaction: what is beside the events first, appends last.
 
 The appends come last because from the first of them to the commit readers wait for them.
 """
@@ -6,14 +6,15 @@ The appends come last because from the first of them to the commit readers wait 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from ...cleanup import shielded_cleanup
 from ...errors import CheckpointConflictError
 from ...repositories.checkpoint import SaveCheckpoint
+from ...repositories.document import DeleteDocument, DocumentStep, SaveDocuments
 from ...repositories.outbox import AddMessages, RemoveMessages
 from ..records import Append, AppendResult, Step
-from .driver import Connection, DriverError, Row
+from .documents import write_documents
+from .driver import Connection, DriverError, Fetch, Row
 from .pool import Pool
 from .statements import (
     APPENDED,
@@ -32,12 +33,6 @@ from .tail import Tail
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 
-class Fetch(Protocol):
-    """Runs a statement in whatever transaction it belongs to."""
-
-    async def __call__(self, statement: str, *values: object) -> Sequence[Row]: ...
-
-
 async def write_steps(
     fetch: Fetch, statements: Statements, steps: Sequence[Step], *, wait: bool, look: bool = False
 ) -> Sequence[AppendResult] | None:
@@ -46,6 +41,7 @@ async def write_steps(
     None if another transaction is appending to a stream of theirs, unless this is to `wait`. With
     `look`, the ids of each append are looked for first.
     """
+    documents: list[DocumentStep] = []
     for step in steps:
         match step:
             case SaveCheckpoint(name, position, expected):
@@ -66,8 +62,12 @@ async def write_steps(
                 )
             case RemoveMessages(message_ids):
                 await fetch(statements.remove_messages, list(message_ids))
+            case SaveDocuments() | DeleteDocument():
+                documents.append(step)
             case Append():
                 pass
+    if documents:
+        await write_documents(fetch, statements, documents)
     appends = [step for step in steps if isinstance(step, Append)]
     event_ids = [event.event_id for append in appends for event in append.events]
     if not look and len(set(event_ids)) == len(event_ids):

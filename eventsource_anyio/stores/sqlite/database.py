@@ -33,7 +33,7 @@ from ..records import (
     to_microseconds,
 )
 from .failures import is_locked
-from .repositories import CHECKPOINTS, OUTBOX, take_step
+from .repositories import CHECKPOINTS, DOCUMENTS, OUTBOX, take_step
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -63,7 +63,7 @@ CREATE TABLE events (
 )
 """
 # What each schema version has added to the one before.
-_SCHEMA = ((_EVENTS,), (CHECKPOINTS, OUTBOX))
+_SCHEMA = ((_EVENTS,), (CHECKPOINTS, OUTBOX), (DOCUMENTS,))
 _COLUMNS = (
     "position, aggregate_type, aggregate_id, version, event_id, event_type, schema_version, "
     "recorded_at, occurred_at, metadata, payload"

@@ -1,4 +1,4 @@
-"""Checkpoints and the outbox in the SQLite file: their tables, and the statements on them."""
+"""What the SQLite file holds beside the events: the tables, and the statements on them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ...ids import uuid_of
 from ...repositories.checkpoint import SaveCheckpoint
+from ...repositories.document import (
+    DeleteDocument,
+    Document,
+    DocumentChange,
+    EncodedDocument,
+    SaveDocuments,
+    changes,
+    decode_document,
+)
 from ...repositories.outbox import AddMessages, OutboxStep, StoredMessage, decode_message
 from ..records import from_microseconds
 
@@ -14,6 +23,8 @@ if TYPE_CHECKING:
     from sqlite3 import Connection
 
 MessageRow: TypeAlias = tuple[bytes, str, str, bytes, bytes | None, int, int]
+DocumentRow: TypeAlias = tuple[str, bytes, bytes]
+OtherStep: TypeAlias = SaveCheckpoint | OutboxStep | SaveDocuments | DeleteDocument
 
 CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -33,6 +44,16 @@ CREATE TABLE outbox (
     recorded_at INTEGER NOT NULL
 )
 """
+DOCUMENTS = """
+CREATE TABLE documents (
+    collection TEXT NOT NULL,
+    key TEXT NOT NULL,
+    revision BLOB NOT NULL,
+    value TEXT NOT NULL,
+    updated_at INTEGER NOT NULL,
+    PRIMARY KEY (collection, key)
+)
+"""
 _GET = "SELECT position FROM checkpoints WHERE name = ?"
 _SAVE = "INSERT OR REPLACE INTO checkpoints (name, position) VALUES (?, ?)"
 _ADD = (
@@ -45,8 +66,23 @@ _PENDING = (
     "FROM outbox ORDER BY position LIMIT ?"
 )
 
+_REVISION = "SELECT revision FROM documents WHERE collection = ? AND key = ?"
+_SAVE_DOCUMENT = (
+    "INSERT INTO documents (collection, key, revision, value, updated_at) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT (collection, key) DO UPDATE SET revision = excluded.revision, "
+    "value = excluded.value, updated_at = excluded.updated_at"
+)
+_DELETE_DOCUMENT = "DELETE FROM documents WHERE collection = ? AND key = ?"
+_BY_KEY = (
+    "SELECT key, revision, CAST(value AS BLOB) FROM documents WHERE collection = ? AND key = ?"
+)
+_AFTER = (
+    "SELECT key, revision, CAST(value AS BLOB) FROM documents WHERE collection = ? AND key > ? "
+    "ORDER BY key LIMIT ?"
+)
 
-def take_step(connection: Connection, step: SaveCheckpoint | OutboxStep, recorded_at: int) -> None:
+
+def take_step(connection: Connection, step: OtherStep, recorded_at: int) -> None:
     if isinstance(step, SaveCheckpoint):
         step.check(get_checkpoint(connection, step.name))
         connection.execute(_SAVE, (step.name, step.position))
@@ -65,8 +101,22 @@ def take_step(connection: Connection, step: SaveCheckpoint | OutboxStep, recorde
                 for message in step.messages
             ],
         )
+    elif isinstance(step, SaveDocuments | DeleteDocument):
+        for change in changes(step):
+            _change_document(connection, change, recorded_at)
     else:
         connection.executemany(_REMOVE, [(one.bytes,) for one in step.message_ids])
+
+
+def _change_document(connection: Connection, change: DocumentChange, recorded_at: int) -> None:
+    name = (change.collection, change.key)
+    row = connection.execute(_REVISION, name).fetchone()
+    change.check(uuid_of(row[0]) if row else None)
+    if isinstance(change, EncodedDocument):
+        values = (*name, change.revision.bytes, change.value_json, recorded_at)
+        connection.execute(_SAVE_DOCUMENT, values)
+    else:
+        connection.execute(_DELETE_DOCUMENT, name)
 
 
 def get_checkpoint(connection: Connection, name: str) -> int:
@@ -80,3 +130,20 @@ def pending_rows(connection: Connection, limit: int) -> list[MessageRow]:
 
 def decode_messages(rows: Sequence[MessageRow]) -> list[StoredMessage]:
     return [decode_message(uuid_of(row[0]), *row[1:6], from_microseconds(row[6])) for row in rows]
+
+
+def documents_by_key(
+    connection: Connection, collection: str, keys: Sequence[str]
+) -> list[DocumentRow]:
+    found = [connection.execute(_BY_KEY, (collection, key)).fetchone() for key in keys]
+    return [row for row in found if row]
+
+
+def documents_after(
+    connection: Connection, collection: str, after: str, limit: int
+) -> list[DocumentRow]:
+    return connection.execute(_AFTER, (collection, after, limit)).fetchall()
+
+
+def decode_documents(collection: str, rows: Sequence[DocumentRow]) -> list[Document]:
+    return [decode_document(collection, row[0], uuid_of(row[1]), row[2]) for row in rows]

@@ -93,7 +93,7 @@ class SQLConnection:
             raise RuntimeError(
                 "this task is inside a transaction with SQL, which is the one writer that SQLite "
                 "has, so the call would wait for itself. Inside the block use the transaction: "
-                "`tx.append_events(…)`, `tx.checkpoints`, `tx.outbox`."
+                "`tx.append_events(…)`, `tx.checkpoints`, `tx.outbox`, `tx.documents`."
             )
 
     async def begin(self) -> Turn:

@@ -13,10 +13,17 @@ from attrs import frozen
 
 from ...errors import StoreClosedError
 from ...ids import AggregateId
-from ..interface import AppendResult, EventStore, Page, PageRequest, Step, StoredMessage
+from ..interface import AppendResult, Document, EventStore, Page, PageRequest, Step, StoredMessage
 from ..signal import AppendSignal
 from .database import SQLiteDatabase, Synchronous, decode_rows
-from .repositories import decode_messages, get_checkpoint, pending_rows
+from .repositories import (
+    decode_documents,
+    decode_messages,
+    documents_after,
+    documents_by_key,
+    get_checkpoint,
+    pending_rows,
+)
 from .sql import SQLConnection
 from .transaction import SQLiteTransaction
 from .worker import Worker
@@ -67,9 +74,7 @@ class SQLiteEventStore(EventStore):
 
     def transaction(self) -> SQLiteTransaction:
         """As `EventStore.transaction`, and with SQL in it: see `SQLiteTransaction`."""
-        return SQLiteTransaction(
-            self._write, self._checkpoint, self._pending, lambda: self._opened().sql
-        )
+        return SQLiteTransaction(self._write, self._look_ups(), lambda: self._opened().sql)
 
     def _opened(self) -> _Opened:
         if self._state is None:
@@ -140,3 +145,16 @@ class SQLiteEventStore(EventStore):
         worker = self._opened().worker
         rows = await worker.read(lambda connection: pending_rows(connection, limit))
         return decode_messages(rows)
+
+    async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
+        rows = await self._opened().worker.read(
+            lambda connection: documents_by_key(connection, collection, keys), 1 + len(keys) // 20
+        )
+        return decode_documents(collection, rows)
+
+    async def _documents_after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        rows = await self._opened().worker.read(
+            lambda connection: documents_after(connection, collection, after, limit),
+            1 + limit // 20,
+        )
+        return decode_documents(collection, rows)

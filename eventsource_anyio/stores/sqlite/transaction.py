@@ -11,7 +11,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ..sql_transaction import SQLTransaction
-from ..transaction import ReadCheckpoint, ReadPending, Write
+from ..transaction import LookUps, Write
 from .sql import SQLConnection, Turn
 
 if TYPE_CHECKING:
@@ -31,19 +31,16 @@ class SQLiteTransaction(SQLTransaction):
     that waits for it, so in the block's task it raises `RuntimeError`; do not wait inside for
     another task's either.
 
-    Foreign keys are enforced. The tables `events`, `checkpoints` and `outbox` are the store's.
+    Foreign keys are enforced. The tables `events`, `checkpoints`, `outbox` and `documents` are
+    the store's.
     """
 
     __slots__ = ("_begun", "_calls", "_connection")
 
     def __init__(
-        self,
-        write: Write,
-        read_checkpoint: ReadCheckpoint,
-        read_pending: ReadPending,
-        connection: Callable[[], SQLConnection],
+        self, write: Write, look_ups: LookUps, connection: Callable[[], SQLConnection]
     ) -> None:
-        super().__init__(write, read_checkpoint, read_pending)
+        super().__init__(write, look_ups)
         self._connection = connection
         self._begun: tuple[SQLConnection, Turn] | None = None
         self._calls = anyio.Lock()
