@@ -19,6 +19,8 @@ from .errors import (
 from .events import DomainEvent, NewEvent, StoredEvent, caused_by, upcaster
 from .ids import AggregateId
 from .metadata import event_metadata
+from .projections.base import Projection, handles
+from .projections.coordinator import ProjectionCoordinator
 from .repositories.checkpoint import CheckpointRepository
 from .repositories.outbox import OutboxMessage, OutboxRepository
 from .stores.in_memory import InMemoryEventStore
@@ -65,6 +67,8 @@ __all__ = [
     "OutboxMessage",
     "OutboxRepository",
     "PostgreSQLEventStore",
+    "Projection",
+    "ProjectionCoordinator",
     "ReadOptions",
     "SQLiteEventStore",
     "StorageError",
@@ -76,5 +80,6 @@ __all__ = [
     "applies",
     "caused_by",
     "event_metadata",
+    "handles",
     "upcaster",
 ]

@@ -140,9 +140,7 @@ class ProjectionCoordinator:
         else:
             await checkpoint()
 
-    async def wait_for(
-        self, target: int | AppendResult, projection: str | None = None
-    ) -> None:
+    async def wait_for(self, target: int | AppendResult, projection: str | None = None) -> None:
         """Return when the projections have got to a position, such as that of an own append.
 
         All of them, or the one of this name (its version that serves). Waits as long as it takes:

@@ -79,9 +79,7 @@ class Members:
             return True
         del self._seen[document.key]
         try:
-            await self._store.documents.delete(
-                COLLECTION, document.key, expected=document.revision
-            )
+            await self._store.documents.delete(COLLECTION, document.key, expected=document.revision)
         except DocumentConflictError:
             return True
         return False

@@ -46,9 +46,7 @@ class ParkedStream:
 
 def parked_at(event: StoredEvent | EventDecodeError, error: BaseException) -> ParkedStream:
     text = f"{type(error).__name__}: {error}".replace("\0", "")[:2000]
-    return ParkedStream(
-        event.stream_id, event.version, event.version, 1, text, datetime.now(UTC)
-    )
+    return ParkedStream(event.stream_id, event.version, event.version, 1, text, datetime.now(UTC))
 
 
 class ParkedRepository:

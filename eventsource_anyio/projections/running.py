@@ -313,9 +313,7 @@ class ShardRun:
                     return True
         raise _LeaseLostError
 
-    async def _failed(
-        self, event: _Read, error: Exception, failures: int
-    ) -> ParkedStream | None:
+    async def _failed(self, event: _Read, error: Exception, failures: int) -> ParkedStream | None:
         """What is to be parked, if it was for the last time."""
         projection = self._projection
         where = f"{event.stream_id}, version {event.version}, position {event.position}"

@@ -61,7 +61,9 @@ class ShardRepository:
 
     async def all(self) -> list[Shard]:
         """By their ranges."""
-        return [_shard(one) for one in await self._store.documents.list(self.collection, limit=SLICES)]
+        return [
+            _shard(one) for one in await self._store.documents.list(self.collection, limit=SLICES)
+        ]
 
     async def create(self, count: int) -> None:
         """From the beginning; `DocumentConflictError` if somebody else has."""

@@ -13,7 +13,15 @@ from ..events import DomainEvent, NewEvent
 from ..ids import AggregateId
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository
-from ..repositories.document import Document, DocumentRepository
+from ..repositories.document import (
+    DeleteDocument,
+    Document,
+    DocumentChange,
+    DocumentRepository,
+    SaveDocuments,
+    changes,
+    decode_document,
+)
 from ..repositories.outbox import OutboxRepository, StoredMessage
 from .records import AppendResult, ExpectedVersion, Step, encode_append
 
@@ -33,15 +41,17 @@ class Transaction:
     """Appends, checkpoints, messages and documents, stored together when the block ends, or not.
 
     `results` holds one result an append, in order, once the block has ended; nobody sees anything
-    of it before, not inside the block either.
+    of it before, not inside the block either, but for documents: inside it they are what the block
+    has made of them.
     """
 
-    __slots__ = ("_look_ups", "_open", "_steps", "_write", "results")
+    __slots__ = ("_documents", "_look_ups", "_open", "_steps", "_write", "results")
 
     def __init__(self, write: Write, look_ups: LookUps) -> None:
         self._write = write
         self._look_ups = look_ups
         self._steps: list[Step] = []
+        self._documents: dict[tuple[str, str], DocumentChange] = {}
         self._open: bool | None = None
         self.results: tuple[AppendResult, ...] = ()
 
@@ -78,11 +88,10 @@ class Transaction:
     def documents(self) -> DocumentRepository:
         """As `EventStore.documents`, but written, and compared, at the end of the block.
 
-        A revision that is returned is that of the document once the block has ended.
+        What is read is what is stored, and over it what the block has written so far.
         """
         self._check_open()
-        look_ups = self._look_ups
-        return DocumentRepository(look_ups.documents_by_key, look_ups.documents_after, self._add)
+        return DocumentRepository(self._by_key, self._after, self._add)
 
     async def __aenter__(self) -> Self:
         await checkpoint()
@@ -115,6 +124,38 @@ class Transaction:
         await checkpoint()
         self._check_open()
         self._steps += steps
+        for step in steps:
+            if isinstance(step, SaveDocuments | DeleteDocument):
+                for change in changes(step):
+                    self._documents[change.collection, change.key] = change
+
+    async def _by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
+        written = self._documents
+        found = [_made(written[collection, key]) for key in keys if (collection, key) in written]
+        unwritten = [key for key in keys if (collection, key) not in written]
+        if unwritten:
+            found += await self._look_ups.documents_by_key(collection, unwritten)
+        else:
+            await checkpoint()
+        return [document for document in found if document is not None]
+
+    async def _after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
+        own = {
+            key: change
+            for (its, key), change in self._documents.items()
+            if its == collection and key > after
+        }
+        stored = await self._look_ups.documents_after(collection, after, limit + len(own))
+        found = [document for document in stored if document.key not in own]
+        found += [made for change in own.values() if (made := _made(change)) is not None]
+        return sorted(found, key=lambda document: document.key)[:limit]
 
     async def _commit(self) -> None:
         self.results = tuple(await self._write(self._steps))
+
+
+def _made(change: DocumentChange) -> Document | None:
+    """The document as it is after a change; None if there is none."""
+    if isinstance(change, DeleteDocument):
+        return None
+    return decode_document(change.collection, change.key, change.revision, change.value_json)

@@ -32,12 +32,20 @@ class DocumentTransactContract:
             await tx.documents.save_all("c", {"c": 4, "d": 5})
             await tx.documents.delete("c", "gone")
             await tx.outbox.add(message("new"))
-            # Inside the block everybody sees what is stored.
-            for documents in (store.documents, tx.documents):
-                assert await documents.get("c", "a") == Document("a", 1, first)
-                assert await documents.get("c", "b") is None
-                assert list(await documents.get_all("c", ["a", "b", "gone"])) == ["a", "gone"]
-                assert [one.key for one in await documents.list("c")] == ["a", "gone"]
+            # Others see what is stored, and the block what it has made of that.
+            documents = store.documents
+            assert await documents.get("c", "a") == Document("a", 1, first)
+            assert await documents.get("c", "b") is None
+            assert list(await documents.get_all("c", ["a", "b", "gone"])) == ["a", "gone"]
+            assert [one.key for one in await documents.list("c")] == ["a", "gone"]
+            documents = tx.documents
+            assert await documents.get("c", "a") == Document("a", 2, second)
+            assert await documents.get("c", "b") == Document("b", 3, third)
+            assert list(await documents.get_all("c", ["b", "a", "gone", "0"])) == ["b", "a"]
+            assert await documents.get_all("c", ["gone"]) == {}
+            assert [one.key for one in await documents.list("c")] == ["a", "b", "c", "d"]
+            assert [one.value for one in await documents.list("c", after="a", limit=2)] == [3, 4]
+            assert await documents.list("others") == []
         assert await content(store, "reader") == (["a"], [9], ["new"])
         assert await values(store) == {"a": 2, "b": 3, "c": 4, "d": 5}
         assert (await document(store, "a")).revision == second

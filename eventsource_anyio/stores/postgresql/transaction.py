@@ -108,7 +108,8 @@ class PostgreSQLTransaction(SQLTransaction):
             results = await self._write_in(connection, self._steps)
         with shielded_cleanup() as scope:
             await _commit(self._guest, session)
-            await self._committed()
+            if results:
+                await self._committed()
         if scope.cancelled_caught:
             lost = DriverError("there was no answer to COMMIT in time", lost=True)
             raise storage_error(lost, unknown=True)

@@ -1,0 +1,175 @@
+"""Projections on PostgreSQL: how fast they catch up, how far behind they are, what writers pay.
+
+- *no handler's work*: reading, typing, the loop, and the checkpoint of each batch.
+- *SQL read model*: a table of totals, one statement a batch, in the transaction of the checkpoint.
+- *SQL, an event at a time*: the same table, one statement an event.
+- *by hand*: what anybody can do with asyncpg alone: read a page, upsert, save the position, commit.
+  It decodes the JSON into dicts and checks nothing.
+- Latency ends when somebody who waits for the append has been told that its projection committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from time import perf_counter
+from typing import Any
+
+import anyio
+import asyncpg  # type: ignore[import-untyped]
+from sqlalchemy import text
+
+from eventsource_anyio import ANY, EventStore, StoredEvent
+from eventsource_anyio.projections.base import Projection
+from eventsource_anyio.projections.coordinator import ProjectionCoordinator
+from eventsource_anyio.stores.sql_transaction import SQLTransaction
+from eventsource_anyio.stores.transaction import Transaction
+
+from .events import PLACED, Placed
+from .postgresql_work import warm
+from .suite import Measured
+
+TABLE = "CREATE TABLE totals (order_id text PRIMARY KEY, amount numeric NOT NULL, events bigint)"
+_UPSERT = (
+    "INSERT INTO totals AS t (order_id, amount, events) "
+    "SELECT * FROM unnest(CAST({0} AS text[]), CAST({1} AS numeric[]), CAST({2} AS bigint[])) "
+    "ON CONFLICT (order_id) DO UPDATE SET amount = t.amount + excluded.amount, "
+    "events = t.events + excluded.events"
+)
+_BY_NAME = text(_UPSERT.format(":ids", ":amounts", ":counts"))
+_ONE = text(
+    "INSERT INTO totals AS t (order_id, amount, events) VALUES (:id, :amount, 1) "
+    "ON CONFLICT (order_id) DO UPDATE SET amount = t.amount + excluded.amount, "
+    "events = t.events + 1"
+)
+_PAGE = 500
+
+
+class Nothing(Projection[Transaction]):
+    """The handler of which there is the least."""
+
+    name = "nothing"
+
+    async def handle(self, event: StoredEvent, tx: Transaction) -> None:
+        pass
+
+    async def reset(self, tx: Transaction) -> None:
+        pass
+
+
+class Totals(Projection[SQLTransaction]):
+    name = "totals"
+
+    async def handle(self, event: StoredEvent, tx: SQLTransaction) -> None:
+        assert isinstance(event.event, Placed)
+        await tx.execute(_ONE, {"id": str(event.aggregate_id), "amount": event.event.amount})
+
+    async def reset(self, tx: SQLTransaction) -> None:
+        await tx.execute(text("TRUNCATE totals"))
+
+
+class TotalsByBatch(Totals):
+    async def handle_batch(self, events: Sequence[StoredEvent], tx: SQLTransaction) -> None:
+        amounts: dict[str, Decimal] = defaultdict(Decimal)
+        counts: dict[str, int] = defaultdict(int)
+        for event in events:
+            assert isinstance(event.event, Placed)
+            amounts[str(event.aggregate_id)] += event.event.amount
+            counts[str(event.aggregate_id)] += 1
+        values = {"ids": [*amounts], "amounts": [*amounts.values()], "counts": [*counts.values()]}
+        await tx.execute(_BY_NAME, values)
+
+
+async def catch_up(store: EventStore, projection: Projection[Any], events: int) -> Measured:
+    """From the beginning of the store to its end."""
+    async with store:
+        coordinator = ProjectionCoordinator(store, [projection])
+        last = await store.last_position()
+        begun = perf_counter()
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            await coordinator.wait_for(last)
+            seconds = perf_counter() - begun
+            coordinator.stop()
+        (found,) = coordinator.statistics()
+        if found.handled != events:
+            raise AssertionError(f"{found.handled:,} events were handled of {events:,}")
+        return events, seconds
+
+
+async def by_hand(dsn: str, schema: str) -> Measured:
+    connection: Any = await asyncpg.connect(dsn)
+    read = (
+        f"SELECT position, aggregate_id, payload FROM {schema}.events "
+        "WHERE position > $1 ORDER BY position LIMIT $2"
+    )
+    position = done = 0
+    try:
+        begun = perf_counter()
+        while rows := await connection.fetch(read, position, _PAGE):
+            amounts: dict[str, Decimal] = defaultdict(Decimal)
+            counts: dict[str, int] = defaultdict(int)
+            for row in rows:
+                amounts[row[1]] += Decimal(json.loads(row[2])["amount"])
+                counts[row[1]] += 1
+            position = rows[-1][0]
+            async with connection.transaction():
+                values = [*amounts], [*amounts.values()], [*counts.values()]
+                await connection.execute(_UPSERT.format("$1", "$2", "$3"), *values)
+                await connection.execute("UPDATE progress SET position = $1", position)
+            done += len(rows)
+        return done, perf_counter() - begun
+    finally:
+        await connection.close()
+
+
+async def latency(store: EventStore, seconds: float) -> Mapping[str, float]:
+    """One writer, who waits each time until the read model has its event."""
+    took: list[float] = []
+    async with store, anyio.create_task_group() as tasks:
+        coordinator = ProjectionCoordinator(store, [TotalsByBatch()])
+        await warm(store)
+        await tasks.start(coordinator.run)
+        await coordinator.wait_for(await store.last_position())
+        end = perf_counter() + seconds
+        while (begun := perf_counter()) < end:
+            result = await store.append_events("order-0", "Order", [PLACED], ANY)
+            await coordinator.wait_for(result)
+            took.append(1000 * (perf_counter() - begun))
+        coordinator.stop()
+    took.sort()
+    return {"p50, ms": took[len(took) // 2], "p99, ms": took[len(took) * 99 // 100]}
+
+
+async def beside_writers(
+    make_store: Callable[[], EventStore], writers: int, seconds: float, *, projecting: bool
+) -> Mapping[str, float]:
+    """Writers, with and without a projection in the same process: their rate, its worst lag."""
+    worst = done = 0
+    async with make_store() as store, anyio.create_task_group() as tasks:
+        coordinator = ProjectionCoordinator(store, [TotalsByBatch()])
+        await warm(store)
+        if projecting:
+            await tasks.start(coordinator.run)
+            await coordinator.wait_for(await store.last_position())
+        begun = perf_counter()
+
+        async def write(number: int) -> None:
+            nonlocal done, worst
+            while perf_counter() < begun + seconds:
+                result = await store.append_events(f"order-{number}", "Order", [PLACED], ANY)
+                done += 1
+                if projecting and done % 100 == 0:
+                    worst = max(worst, result.position - coordinator.statistics()[0].position)
+
+        async with anyio.create_task_group() as group:
+            for number in range(writers):
+                group.start_soon(write, number)
+        took = perf_counter() - begun
+        coordinator.stop()
+    found = {"appends/s": done / took}
+    if projecting:
+        found["worst lag, events"] = worst
+    return found
