@@ -16,7 +16,16 @@ from rich.console import Console
 
 from eventsource_anyio import EventStore
 
-from . import bare_asyncpg, bare_latency, large, latency, peers, postgresql_claims, postgresql_work
+from . import (
+    bare_asyncpg,
+    bare_latency,
+    large,
+    latency,
+    peers,
+    postgresql_claims,
+    postgresql_work,
+    projections,
+)
 from .latency import FIFTY, ONE, ONE_PACED
 from .postgresql_claims import Followed
 from .postgresql_work import OTHERS, OURS, Subject, opened
@@ -128,6 +137,42 @@ class Pieces:
             for subject in (ASYNCIO, TRIO, UVLOOP, *OTHERS):
                 self._ours(what, subject, work, READING)
 
+    def projections(self) -> None:
+        sql(self.dsn, projections.TABLES)
+        for what, kind in projections.KINDS.items():
+            for subject in (ASYNCIO, TRIO, UVLOOP):
+                work = partial(projections.catch_up, projection=kind(), events=self.how.read)
+                self._projecting(f"projection, {what}: ours, {subject}", subject, work, READING)
+        self._bare_projection()
+        for subject in (ASYNCIO, TRIO, UVLOOP):
+            work = partial(projections.latency, seconds=self.how.seconds)
+            self._projecting(f"append to read model: {subject}", subject, work, "")
+        for subject in (ASYNCIO, TRIO, UVLOOP):
+            work = partial(projections.beside_writers, seconds=self.how.seconds)
+            self._projecting(f"50 writers and a projection: {subject}", subject, work, "")
+
+    def _projecting(
+        self,
+        name: str,
+        subject: Subject,
+        work: Callable[[EventStore], Awaitable[Mapping[str, float]]],
+        schema: str,
+    ) -> None:
+        def run() -> Mapping[str, float]:
+            sql(self.dsn, projections.empty(schema or "eventsource"))
+            if not schema:
+                self._empty()
+            return on(subject.loop, work, opened(self.dsn, schema, subject.driver))
+
+        self.suite.add_figures(name, run)
+
+    def _bare_projection(self) -> None:
+        def run() -> Measured:
+            sql(self.dsn, projections.empty(READING))
+            return on("asyncio", projections.by_hand, self.dsn, READING)
+
+        self.suite.add("projection, SQL read model: by hand, asyncio", run)
+
     def latencies(self) -> Sequence[Followed]:
         """What was added of ours: where, under which load, and by whom."""
         places, loads, subjects = list(PLACES), [ONE_PACED, ONE, FIFTY], [ASYNCIO, TRIO, UVLOOP]
@@ -166,6 +211,7 @@ def measure(how: Plan, console: Console) -> tuple[list[Suite], list[Claim], dict
         pieces = Pieces(suite, dsn, how)
         pieces.appends()
         pieces.reads()
+        pieces.projections()
         followed = pieces.latencies()
         found = peers.Peers(running.databases, others)
         stack.enter_context(found.filled(how.read))

@@ -41,6 +41,7 @@ def claims(suite: Suite, followed: Sequence[Followed], dsn: str) -> list[Claim]:
         *_checked(suite),
         *_reads(suite),
         *_trio(suite),
+        *_projections(suite),
         *_latencies(suite, followed),
         *_memory(dsn),
     ]
@@ -97,6 +98,30 @@ def _trio(suite: Suite) -> list[Claim]:
         )
         for what, bound in TRIO_AT_LEAST.items()
     ]
+
+
+def _projections(suite: Suite) -> list[Claim]:
+    found: list[Claim] = []
+    for what, bound in (("no handler's work", 100_000), ("SQL read model", 20_000)):
+        for loop in OURS:
+            events = suite.median(f"projection, {what}: ours, {loop}, events/s")
+            found.append(Claim(f"projection, {what}: events/s, {loop}", events, "≥", bound))
+        ratio = suite.ratio(
+            f"projection, {what}: ours, trio, events/s",
+            f"projection, {what}: ours, asyncio, events/s",
+        )
+        found.append(Claim(f"Trio ÷ asyncio: projection, {what}", ratio, "≥", 0.85))
+    base = "projection, SQL read model: by hand, asyncio"
+    ratio = suite.ratio("projection, SQL read model: ours, asyncio, events/s", base)
+    found.append(Claim("projection, SQL read model: ÷ by hand with asyncpg, asyncio", ratio))
+    for loop in OURS:
+        for figure, bound in (("p50, ms", 5.0), ("p99, ms", 15.0)):
+            name = f"append to read model: {loop}, {figure}"
+            found.append(Claim(name, suite.median(name), "≤", bound))
+        name = f"50 writers and a projection: {loop}, ratio to that"
+        what = f"50 writers beside a projection ÷ alone, {loop}"
+        found.append(Claim(what, suite.median(name), "≥", 0.8))
+    return found
 
 
 def _latencies(suite: Suite, followed: Sequence[Followed]) -> list[Claim]:

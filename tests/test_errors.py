@@ -28,7 +28,7 @@ from eventsource_anyio import (
     StoreClosedError,
     errors,
 )
-from eventsource_anyio.errors import DocumentConflictError
+from eventsource_anyio.errors import DocumentConflictError, ProjectionStoppedError
 
 EVENT_ID = UUID("01998f20-0000-7000-8000-000000000007")
 REVISION = UUID("01998f20-0000-7000-8000-000000000008")
@@ -168,6 +168,14 @@ ERRORS = [
         key="balances",
         expected=REVISION,
         actual=None,
+    ),
+    told(
+        ProjectionStoppedError("sales", 2),
+        "Projection 'sales', version 2, is not running.",
+        "An event failed for the last time (see the cause), or the coordinator is not running.",
+        "Mend the handler and call coordinator.resume(), or await tasks.start(coordinator.run).",
+        name="sales",
+        version=2,
     ),
     told(
         DuplicateEventError(EVENT_ID, "Shop-7", "it belongs to Shop-8, version 1"),

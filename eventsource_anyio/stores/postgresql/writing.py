@@ -144,8 +144,6 @@ async def write_at_once(
     connection that others need. Only its end is shielded.
     """
     connection = await pool.acquire()
-    if all(isinstance(step, SaveDocuments | DeleteDocument) for step in steps):
-        return await _write_documents_alone(pool, connection, statements, steps)
     committed = False
     try:
         try:
@@ -174,21 +172,6 @@ async def write_at_once(
                 await _roll_back(connection)
         finally:
             pool.release(connection)
-
-
-async def _write_documents_alone(
-    pool: Pool, connection: Connection, statements: Statements, steps: Sequence[Step]
-) -> Sequence[AppendResult]:
-    """One call, which is a transaction by itself."""
-    try:
-        with shielded_cleanup() as scope:
-            await write_steps(connection.fetch, statements, steps, wait=False)
-        if scope.cancelled_caught:
-            connection.abandon()
-            raise DriverError("there was no answer in time", lost=True)
-    finally:
-        pool.release(connection)
-    return ()
 
 
 async def _roll_back(connection: Connection) -> None:
