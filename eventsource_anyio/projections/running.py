@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from time import monotonic
 from typing import TypeVar
 
@@ -144,7 +145,8 @@ class ShardRun:
         async def read() -> None:
             nonlocal events
             try:
-                events = await subscription.next_batch()
+                with anyio.move_on_after(self._unsaved_for()):
+                    events = await subscription.next_batch()
             except StorageError as error:
                 await self._back_off(error)
             else:
@@ -187,7 +189,7 @@ class ShardRun:
             part, end = left.pop()
             try:
                 count = await self._commit(part, end, parking)
-            except Exception as error:  # noqa: BLE001  (whatever a handler raises)
+            except Exception as error:
                 left.append((part, end))
                 if self._is_of_parked(error):
                     await self._load_parked()
@@ -275,8 +277,14 @@ class ShardRun:
             self._progress.moved()
 
     async def _save_skipped(self) -> None:
-        if self.position > self.shard.position and monotonic() - self._saved > _SKIPPED_FOR:
+        if self._unsaved_for() <= 0:
             await self._process((), self.position)
+
+    def _unsaved_for(self) -> float:
+        """For how many seconds what was skipped may wait to be saved: others may wait for it."""
+        if self.position == self.shard.position:
+            return inf
+        return self._saved + _SKIPPED_FOR - monotonic()
 
     # Failures ------------------------------------------------------------------------------------
 
