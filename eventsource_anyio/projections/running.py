@@ -3,7 +3,8 @@
 - A batch is handled in the transaction in which the shard's document moves, so an event counts once
   whatever dies when. Nothing is kept in memory that a batch done again could find changed.
 - A batch that fails is taken apart until the event that fails is alone; its neighbours are
-  committed. An error of the storage is nobody's fault: the same batch is tried until it works.
+  committed. An error of the storage is nobody's fault: the same batch is tried until it works. Nor
+  is a conflict with a writer who got ahead: the event is handled anew, as often as it takes.
 - Stopping cancels the waiting and never the handling; a hard cancellation anywhere causes a batch
   to be done again.
 - What belongs to a parked stream is not handled, and is counted in its document, in the same
@@ -22,7 +23,7 @@ import anyio
 from anyio.abc import TaskStatus
 from attrs import evolve
 
-from ..errors import DocumentConflictError, EventDecodeError, StorageError
+from ..errors import ConcurrencyError, DocumentConflictError, EventDecodeError, StorageError
 from ..events import StoredEvent
 from ..stores.interface import EventStore, Subscription, Transaction
 from .base import Projection
@@ -184,6 +185,7 @@ class ShardRun:
     async def _process(self, events: Sequence[_Read], position: int) -> None:
         left = [(events, position)]
         failures = 0
+        conflicts: dict[object, object] = {}
         parking: ParkedStream | None = None
         while left and not self._stopping:
             part, end = left.pop()
@@ -205,11 +207,11 @@ class ShardRun:
                         (part[middle:], end),
                         (part[:middle], part[middle - 1].position),
                     ]
-                else:
+                elif not _got_ahead(error, conflicts):
                     failures += 1
                     parking = await self._failed(part[0], error, failures)
                 continue
-            failures, parking = 0, None
+            failures, conflicts, parking = 0, {}, None
             self._pauses = 0
             if count < len(part):
                 left.append((part[count:], end))
@@ -356,3 +358,18 @@ class ShardRun:
             await self._shards.save(self._store.documents, shard)
         except (DocumentConflictError, StorageError) as error:
             _logger.info("%s: shard %s was not given back: %s", self._name, shard.key, error)
+
+
+def _got_ahead(error: Exception, conflicts: dict[object, object]) -> bool:
+    """Whether it is a conflict with somebody who has written since the last one, if there was."""
+    what: object
+    actual: object
+    if isinstance(error, ConcurrencyError):
+        what, actual = error.stream_id, error.actual
+    elif isinstance(error, DocumentConflictError):
+        what, actual = (error.collection, error.key), error.actual
+    else:
+        return False
+    known = what in conflicts and conflicts[what] == actual
+    conflicts[what] = actual
+    return not known
