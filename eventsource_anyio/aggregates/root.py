@@ -137,6 +137,11 @@ class AggregateRoot(Aggregate):
         cls._appliers = _Appliers({one: getattr(cls, name) for one, name in methods.items()})
         cls._appliers.aggregate = cls.__name__
 
+    @classmethod
+    def check_applies(cls, event_class: type[DomainEvent]) -> None:
+        """`TypeError` if it has no method for these events, so that none may be in its stream."""
+        cls._appliers[event_class]
+
     def perform(self, command: object, *args: object, **kwargs: object) -> None:
         result = cast("Callable[..., object]", command)(self, *args, **kwargs)
         if isinstance(result, Coroutine):

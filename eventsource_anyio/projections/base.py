@@ -20,7 +20,8 @@ _MARK = "__eventsource_handles__"
 def handles(*event_classes: type[DomainEvent]) -> Callable[[F], F]:
     """Mark the method of a projection that handles these events, and their subclasses.
 
-    It is async, and called with the stored event and the transaction, as `Projection.handle` is.
+    It is async, and called with the stored event and the transaction, as `Projection.handle` is; in
+    a `ProcessManager` with the event, the process, and what acts for it.
     """
     check_marked(_MARK, event_classes)
 
@@ -105,6 +106,12 @@ class Projection(ABC, Generic[TTransaction]):
         """Have readers find this version's read model from now on, such as by a view of SQL.
 
         Called in the transaction in which this version begins to serve in place of another one.
+        """
+
+    async def background(self) -> None:
+        """What goes on beside the shards, in each coordinator, until it is cancelled as it stops.
+
+        An error that comes out of it ends `ProjectionCoordinator.run`.
         """
 
     def filters(self) -> ReadOptions:

@@ -92,6 +92,8 @@ class ProjectionCoordinator:
     async def _run(self, members: Members, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as tasks:
             await self._look(members, tasks)
+            background = anyio.CancelScope()
+            tasks.start_soon(self._background, background)
             task_status.started()
             while not self._stopping:
                 if not self._look_again:
@@ -105,8 +107,15 @@ class ProjectionCoordinator:
                     except StorageError as error:
                         # What runs goes on: it can commit as long as nobody has taken it over.
                         _logger.warning("the coordinators cannot be looked at: %s", error)
+            background.cancel()
             for runner in self._runners.values():
                 runner.stop()
+
+    async def _background(self, scope: anyio.CancelScope) -> None:
+        with scope:
+            async with anyio.create_task_group() as tasks:
+                for runner in self._runners.values():
+                    tasks.start_soon(runner.projection.background)
 
     async def _look(self, members: Members, tasks: TaskGroup) -> None:
         runners = self._runners.values()

@@ -45,7 +45,15 @@ class Transaction:
     has made of them.
     """
 
-    __slots__ = ("_documents", "_look_ups", "_open", "_steps", "_write", "results")
+    __slots__ = (
+        "__weakref__",
+        "_documents",
+        "_look_ups",
+        "_open",
+        "_steps",
+        "_write",
+        "results",
+    )
 
     def __init__(self, write: Write, look_ups: LookUps) -> None:
         self._write = write

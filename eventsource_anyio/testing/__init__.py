@@ -16,7 +16,8 @@ pytest.register_assert_rewrite(
 )
 
 from .cancelling import cancel_at_every_checkpoint  # noqa: E402
+from .clock import ManualClock  # noqa: E402
 from .contract import EventStoreContract  # noqa: E402
 from .scenario import given  # noqa: E402
 
-__all__ = ["EventStoreContract", "cancel_at_every_checkpoint", "given"]
+__all__ = ["EventStoreContract", "ManualClock", "cancel_at_every_checkpoint", "given"]
