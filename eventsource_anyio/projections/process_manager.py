@@ -29,7 +29,7 @@ from ..ids import AggregateId, check_name, normalize_aggregate_id, stream_id_of
 from ..repositories.outbox import OutboxMessage
 from ..stores.interface import EventStore, EventStream, ReadOptions, Transaction
 from .base import Projection
-from .timers import Clock, PendingTimers, SystemClock, Timers
+from .timers import Clock, SystemClock, Timers
 
 TProcess = TypeVar("TProcess", bound=AggregateRoot)
 P = ParamSpec("P")
@@ -229,7 +229,7 @@ class Reaction:
         elif at.tzinfo is None:
             raise ValueError(f"at must be a datetime with a time zone, not {at!r}")
         key = _timer_key(type(event) if key is None else key)
-        await self._timers.set(self._tx, self._batch.timers, process.aggregate_id, key, event, at)
+        await self._timers.set(self._tx, process.aggregate_id, key, event, at)
 
     async def cancel(self, key: str | type[DomainEvent]) -> None:
         """Take back a timer of the process, by its key, or by its event's class if it has none.
@@ -237,7 +237,7 @@ class Reaction:
         One that has fired, or was never set, is fine.
         """
         process_id = self._process.aggregate.aggregate_id
-        await self._timers.cancel(self._tx, self._batch.timers, process_id, _timer_key(key))
+        await self._timers.cancel(self._tx, process_id, _timer_key(key))
 
 
 def _timer_key(key: str | type[DomainEvent]) -> str:
@@ -288,7 +288,6 @@ class _Batch:
     """What a transaction has loaded and changed so far; it does not hold the transaction."""
 
     def __init__(self, store: EventStore) -> None:
-        self.timers: PendingTimers = {}
         self._store = store
         self._loaded: dict[str, _Loaded] = {}
 

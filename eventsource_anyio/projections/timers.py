@@ -16,11 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from time import monotonic
-from typing import TypeAlias, cast
+from typing import cast
 from uuid import UUID
 
 import anyio
-from attrs import frozen
 
 from ..codec import PayloadError
 from ..errors import DocumentConflictError, EventEncodeError, StorageError, StoreClosedError
@@ -57,18 +56,6 @@ class SystemClock(Clock):
         await anyio.sleep(max((moment - self.now()).total_seconds(), 0))
 
 
-@frozen
-class _Pending:
-    """Where the document is that a timer is fired by."""
-
-    key: str
-    revision: UUID
-
-
-PendingTimers: TypeAlias = dict[str, _Pending | None]
-"""The timers of a transaction, by process and key, as they are with what it has changed so far."""
-
-
 class Timers:
     """The timers of one process manager: set and cancelled in transactions, fired by `run`.
 
@@ -91,7 +78,6 @@ class Timers:
     async def set(
         self,
         tx: Transaction,
-        pending: PendingTimers,
         process_id: AggregateId,
         key: str,
         event: DomainEvent,
@@ -113,41 +99,24 @@ class Timers:
             "payload": payload,
             "metadata": encode_metadata(merge_metadata(None)),
         }
-        name = _name(process_id, key)
-        before = await self._find(tx, pending, name)
-        if before is not None:
-            await tx.documents.delete(self._by_moment, before.key, expected=before.revision)
+        await self.cancel(tx, process_id, key)
         moment = due.astimezone(UTC).isoformat(timespec="microseconds")
         timer_key = f"{moment}/{event_id}"
         revision = await tx.documents.add(self._by_moment, timer_key, value)
         where = {"timer": timer_key, "revision": str(revision)}
-        if before is None:
-            await tx.documents.add(self._by_key, name, where)
-        else:
-            await tx.documents.save(self._by_key, name, where)
-        pending[name] = _Pending(timer_key, revision)
+        await tx.documents.add(self._by_key, _name(process_id, key), where)
         for watch in self._watches:
             watch.look_soon(due)
 
-    async def cancel(
-        self, tx: Transaction, pending: PendingTimers, process_id: AggregateId, key: str
-    ) -> None:
+    async def cancel(self, tx: Transaction, process_id: AggregateId, key: str) -> None:
         """Take a timer away; one that is not there, or has fired, is fine."""
         name = _name(process_id, key)
-        before = await self._find(tx, pending, name)
-        if before is not None:
-            await tx.documents.delete(self._by_moment, before.key, expected=before.revision)
-            await tx.documents.delete(self._by_key, name)
-            pending[name] = None
-
-    async def _find(self, tx: Transaction, pending: PendingTimers, name: str) -> _Pending | None:
-        if name not in pending:
-            document = await tx.documents.get(self._by_key, name)
-            pending[name] = None
-            if document is not None:
-                value = cast("dict[str, str]", document.value)
-                pending[name] = _Pending(value["timer"], UUID(value["revision"]))
-        return pending[name]
+        document = await tx.documents.get(self._by_key, name)
+        if document is not None:
+            where = cast("dict[str, str]", document.value)
+            revision = UUID(where["revision"])
+            await tx.documents.delete(self._by_moment, where["timer"], expected=revision)
+            await tx.documents.delete(self._by_key, name, expected=document.revision)
 
     # Firing --------------------------------------------------------------------------------------
 
