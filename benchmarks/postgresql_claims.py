@@ -102,7 +102,7 @@ def _trio(suite: Suite) -> list[Claim]:
 
 def _projections(suite: Suite) -> list[Claim]:
     found: list[Claim] = []
-    for what, bound in (("no handler's work", 100_000), ("SQL read model", 20_000)):
+    for what, bound in (("no handler's work", 100_000.0), ("SQL read model", 20_000.0)):
         for loop in OURS:
             events = suite.median(f"projection, {what}: ours, {loop}, events/s")
             found.append(Claim(f"projection, {what}: events/s, {loop}", events, "≥", bound))

@@ -37,7 +37,9 @@ from eventsource_anyio import (
     applies,
     upcaster,
 )
+from eventsource_anyio.projections import Inline, Projection, SingleStreamView, evolves, handles
 from eventsource_anyio.repositories.document import Document, DocumentRepository
+from eventsource_anyio.stores.sql_transaction import SQLTransaction
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
 
 
@@ -176,6 +178,67 @@ async def of_documents(store: EventStore) -> None:
     await documents.save("leases", "a", 1, expected="7")  # type: ignore[arg-type]
     await documents.get("leases", 7)  # type: ignore[arg-type]
     await documents.save_all("leases", {1: "a"})  # type: ignore[dict-item]
+
+
+@attrs.frozen
+class Level:
+    litres: int = 0
+
+
+class Levels(SingleStreamView[Level]):
+    name = "levels"
+    aggregate_type = "Tank"
+
+    @evolves(Filled)
+    def filled(self, view: Level | None, event: StoredEvent[Filled]) -> Level:
+        return Level((view or Level()).litres + event.event.litres)
+
+    @evolves(Drained)
+    def drained(self, view: Level, event: StoredEvent[Drained]) -> Level | None:
+        return Level(view.litres - event.event.litres)
+
+
+class Overall(SingleStreamView[Level]):
+    name = "overall"
+    aggregate_type = "Tank"
+
+    def evolve(self, view: Level | None, event: StoredEvent) -> Level | None:
+        assert_type(super().evolve(view, event), Level | None)
+        return view
+
+
+class Sums(Projection[SQLTransaction]):
+    name = "sums"
+
+    @handles(Filled)
+    async def filled(self, event: StoredEvent[Filled], tx: SQLTransaction) -> None: ...
+
+    async def reset(self, tx: SQLTransaction) -> None: ...
+
+
+async def of_views(store: EventStore) -> None:
+    levels = Levels()
+    assert_type(await levels.get(store, "t"), Level | None)
+    assert_type(await levels.list(store, after="t", limit=7), Mapping[UUID | str, Level])
+    await levels.get("t")  # type: ignore[call-arg, arg-type]
+    await levels.list(store, "t")  # type: ignore[call-arg]
+
+
+async def of_inline_projections(store: EventStore) -> None:
+    inline = Inline(Levels(), Sums())
+    tanks = AggregateRepository(store, Tank, inline=inline)
+    assert_type(tanks, AggregateRepository[Tank])
+    AggregateRepository(store, tank, inline=inline)
+    async with store.transaction() as tx:
+        tx.on_append(inline)
+        tx.on_append(count)
+        tx.on_append(Levels())  # type: ignore[arg-type]
+    await inline.rebuild(store)
+    Inline(Levels)  # type: ignore[arg-type]
+    AggregateRepository(store, Tank, inline=Levels())  # type: ignore[call-overload]
+
+
+async def count(events: Sequence[StoredEvent], tx: Transaction) -> None: ...
 
 
 async def of_opening() -> None:

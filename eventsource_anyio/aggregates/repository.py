@@ -13,7 +13,7 @@ from ..bus.interface import EventBus
 from ..errors import AggregateNotFoundError, ConcurrencyError
 from ..events import StoredEvent
 from ..ids import AggregateId, normalize_aggregate_id, stream_id_of
-from ..stores.interface import AppendResult, EventStore, ReadOptions
+from ..stores.interface import AppendHandler, AppendResult, EventStore, ReadOptions
 from .decider import C, Decider, DeciderAggregate, E, S
 from .root import Aggregate, AggregateRoot, TRoot
 
@@ -24,8 +24,9 @@ P = ParamSpec("P")
 class AggregateRepository(Generic[TAggregate]):
     """Loads aggregates of one kind from a store, and saves what they have decided.
 
-    `aggregate` is a subclass of `AggregateRoot`, or a `Decider`. What is saved is published to the
-    `bus` afterwards, if there is one.
+    `aggregate` is a subclass of `AggregateRoot`, or a `Decider`. `inline`, such as an `Inline` with
+    projections, is called with the events in the transaction in which they are stored: see
+    `Transaction.on_append`. What is saved is published to the `bus` afterwards, if there is one.
     """
 
     @overload
@@ -34,6 +35,7 @@ class AggregateRepository(Generic[TAggregate]):
         store: EventStore,
         aggregate: type[TRoot],
         *,
+        inline: AppendHandler | None = None,
         bus: EventBus | None = None,
     ) -> None: ...
     @overload
@@ -42,6 +44,7 @@ class AggregateRepository(Generic[TAggregate]):
         store: EventStore,
         aggregate: Decider[S, C, E],
         *,
+        inline: AppendHandler | None = None,
         bus: EventBus | None = None,
     ) -> None: ...
     def __init__(
@@ -49,9 +52,11 @@ class AggregateRepository(Generic[TAggregate]):
         store: EventStore,
         aggregate: type[AggregateRoot] | Decider[S, C, E],
         *,
+        inline: AppendHandler | None = None,
         bus: EventBus | None = None,
     ) -> None:
         self._store = store
+        self._inline = inline
         self._bus = bus
         self._aggregate_type = aggregate.aggregate_type
         self._new = cast(
@@ -158,12 +163,19 @@ class AggregateRepository(Generic[TAggregate]):
         if not uncommitted:
             await checkpoint()
             return None
-        result = await self._store.append_events(
+        append = (
             aggregate.aggregate_id,
             self._aggregate_type,
             uncommitted,
             aggregate.version - len(uncommitted),
         )
+        if self._inline is None:
+            result = await self._store.append_events(*append)
+        else:
+            async with self._store.transaction() as tx:
+                tx.on_append(self._inline)
+                await tx.append_events(*append)
+            (result,) = tx.results
         aggregate.mark_committed(uncommitted)
         return result
 

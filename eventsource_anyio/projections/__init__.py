@@ -2,19 +2,24 @@
 
 from .base import Projection, handles
 from .coordinator import ProjectionCoordinator
+from .inline import Inline
 from .parked import ParkedStream
 from .process_manager import ProcessManager, Reaction
 from .progress import ProjectionStatistics
 from .timers import Clock, SystemClock
+from .view import SingleStreamView, evolves
 
 __all__ = [
     "Clock",
+    "Inline",
     "ParkedStream",
     "ProcessManager",
     "Projection",
     "ProjectionCoordinator",
     "ProjectionStatistics",
     "Reaction",
+    "SingleStreamView",
     "SystemClock",
+    "evolves",
     "handles",
 ]

@@ -79,11 +79,17 @@ class DeleteDocument(Struct, frozen=True, gc=False):
             raise DocumentConflictError(self.collection, self.key, self.expected, actual)
 
 
-DocumentStep: TypeAlias = SaveDocuments | DeleteDocument
+class DeleteDocuments(Struct, frozen=True, gc=False):
+    """A step of a unit of writing: delete whatever is in a collection then."""
+
+    collection: str
+
+
+DocumentStep: TypeAlias = SaveDocuments | DeleteDocument | DeleteDocuments
 DocumentChange: TypeAlias = EncodedDocument | DeleteDocument
 
 
-def changes(step: DocumentStep) -> Sequence[DocumentChange]:
+def changes(step: SaveDocuments | DeleteDocument) -> Sequence[DocumentChange]:
     """What a step does, document by document."""
     return step.documents if isinstance(step, SaveDocuments) else (step,)
 
@@ -176,6 +182,10 @@ class DocumentRepository:
         """
         collection, key = _check_names(collection, key)
         await self._write((DeleteDocument(collection, key, _check_revision(expected)),))
+
+    async def delete_all(self, collection: str) -> None:
+        """Delete every document of a collection; one that is empty is fine."""
+        await self._write((DeleteDocuments(check_name("collection", collection)),))
 
     async def _save(self, document: EncodedDocument) -> UUID:
         await self._write((SaveDocuments((document,)),))

@@ -4,6 +4,8 @@ Invariants:
 - `_records[position - 1]` is the record at a position; positions have no gaps.
 - `_write` changes everything between two checkpoints, so no reader sees half of an append.
 - `_outbox` is in the order of positions, because a position is given out when it is added to.
+- Who hands its events on before they are stored (`on_append`) is the only writer until they are:
+  others wait. So what it was told of versions and positions stays true, and nobody else sees it.
 - It keeps what was encoded, and decodes at every read, as a database would: what a database would
   refuse, or would not give back the same, is refused here too.
 """
@@ -17,12 +19,16 @@ from itertools import islice
 from typing import TypeAlias
 from uuid import UUID
 
+import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
+from msgspec import Struct
 
 from ..errors import StoreClosedError
 from ..ids import AggregateId, slice_of, stream_id_of
 from ..repositories.checkpoint import SaveCheckpoint
 from ..repositories.document import (
+    DeleteDocument,
+    DeleteDocuments,
     Document,
     DocumentChange,
     EncodedDocument,
@@ -40,11 +46,28 @@ from ..repositories.outbox import (
 )
 from .interface import EventStore
 from .reading import Page, PageRequest
-from .records import Append, AppendResult, EncodedEvent, Read, Step, decode_stored
+from .records import EPOCH, Append, AppendResult, EncodedEvent, Read, Step, decode_stored
 from .signal import AppendSignal
+from .transaction import Follow, Transaction
 
 _Record: TypeAlias = tuple[EncodedEvent, AggregateId, str, int, datetime]
 _SEARCHED_AT_MOST = 10_000
+
+
+class _Staged(Struct, frozen=True):
+    """What steps come to, beside the events, which are in the store's lists already."""
+
+    results: list[AppendResult]
+    checkpoints: dict[str, int]
+    messages: list[OutboxStep]
+    documents: dict[tuple[str, str], DocumentChange]
+
+
+class _Claim(Struct, frozen=True):
+    """Of the task that is the only writer, and when it no longer is."""
+
+    task: int
+    over: anyio.Event
 
 
 class InMemoryEventStore(EventStore):
@@ -62,6 +85,11 @@ class InMemoryEventStore(EventStore):
         self._messages = 0
         self._documents: dict[str, dict[str, EncodedDocument]] = {}
         self._signal: AppendSignal | None = None
+        self._claim: _Claim | None = None
+        self._recorded_at = EPOCH  # of what is being appended
+
+    def transaction(self) -> Transaction:
+        return Transaction(self._write, self._look_ups(), self._write_inline)
 
     async def _open(self) -> None:
         await checkpoint()
@@ -88,7 +116,53 @@ class InMemoryEventStore(EventStore):
 
     async def _write(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         await checkpoint()
+        if self._claim is not None:
+            await self._unclaimed()
+        return self._store(steps, self._now())
+
+    async def _write_inline(self, steps: Sequence[Step], follow: Follow) -> Sequence[AppendResult]:
+        await checkpoint()
+        await self._unclaimed()
+        self._opened()
+        claim = self._claim = _Claim(anyio.get_current_task().id, anyio.Event())
+        try:
+            before, now = len(self._records), self._now()
+            results = self._stage(steps, now).results
+            self._forget(before)
+            return self._store([*steps, *await follow(results)], now)
+        finally:
+            self._claim = None
+            claim.over.set()
+
+    async def _unclaimed(self) -> None:
+        while (claim := self._claim) is not None:
+            if claim.task == anyio.get_current_task().id:
+                raise RuntimeError(
+                    "this task is called by on_append, for a transaction that is the only writer "
+                    "meanwhile, so the call would wait for itself. Use the transaction that is "
+                    "given: `tx.documents`, `tx.checkpoints`, `tx.outbox`."
+                )
+            await claim.over.wait()
+
+    def _now(self) -> datetime:
+        now = datetime.now(UTC)
+        return max(now, self._records[-1][-1]) if self._records else now
+
+    def _store(self, steps: Sequence[Step], now: datetime) -> Sequence[AppendResult]:
         signal = self._opened()
+        staged = self._stage(steps, now)
+        # None of these can fail, so they come when all that can has not.
+        self._checkpoints.update(staged.checkpoints)
+        for step in staged.messages:
+            self._change_outbox(step)
+        for change in staged.documents.values():
+            self._change_document(change)
+        signal.advance(len(self._records))
+        return staged.results
+
+    def _stage(self, steps: Sequence[Step], now: datetime) -> _Staged:
+        """Append, and find out what else is to be done; or raise, and have done nothing."""
+        self._recorded_at = now
         before = len(self._records)
         results: list[AppendResult] = []
         saved: dict[str, int] = {}
@@ -103,6 +177,12 @@ class InMemoryEventStore(EventStore):
                     saved[step.name] = step.position
                 elif isinstance(step, AddMessages | RemoveMessages):
                     messages.append(step)
+                elif isinstance(step, DeleteDocuments):
+                    stored = [
+                        (step.collection, key) for key in self._documents.get(step.collection, ())
+                    ]
+                    for name in [*stored, *(one for one in documents if one[0] == step.collection)]:
+                        documents[name] = DeleteDocument(*name, None)
                 else:
                     for change in changes(step):
                         name = (change.collection, change.key)
@@ -112,14 +192,7 @@ class InMemoryEventStore(EventStore):
         except BaseException:
             self._forget(before)
             raise
-        # None of these can fail, so they come when all that can has not.
-        self._checkpoints.update(saved)
-        for step in messages:
-            self._change_outbox(step)
-        for change in documents.values():
-            self._change_document(change)
-        signal.advance(len(self._records))
-        return results
+        return _Staged(results, saved, messages, documents)
 
     def _change_outbox(self, step: OutboxStep) -> None:
         if isinstance(step, AddMessages):
@@ -159,9 +232,7 @@ class InMemoryEventStore(EventStore):
                 records[stream[one - 1] - 1][0].event_type for one in append.unexpected(version)
             ]
             raise append.conflict(version, meanwhile)
-        now = datetime.now(UTC)
-        if records:
-            now = max(now, records[-1][-1])
+        now = self._recorded_at
         if not stream:
             stream = self._streams.setdefault(aggregate_id, {}).setdefault(aggregate_type, [])
         for offset, encoded in enumerate(append.events, 1):

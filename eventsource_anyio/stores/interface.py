@@ -38,6 +38,7 @@ from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository, SaveCheckpoint
 from ..repositories.document import (
     DeleteDocument,
+    DeleteDocuments,
     Document,
     DocumentRepository,
     EncodedDocument,
@@ -53,7 +54,7 @@ from ..repositories.outbox import (
 )
 from .reading import EventIterator, Page, PageRequest, Subscription
 from .records import Append, AppendResult, ExpectedVersion, Step, decode_stored, encode_append
-from .transaction import LookUps, Transaction
+from .transaction import AppendHandler, LookUps, Transaction
 
 __all__ = [
     "ANY",
@@ -61,8 +62,10 @@ __all__ = [
     "STREAM_EXISTS",
     "AddMessages",
     "Append",
+    "AppendHandler",
     "AppendResult",
     "DeleteDocument",
+    "DeleteDocuments",
     "Document",
     "EncodedDocument",
     "EventStore",
@@ -358,8 +361,8 @@ class EventStore(ABC):
         return `append.repeated(…)` where there is any of its ids, else raise `append.conflict(…)`;
         otherwise store its events and return `append.result(…)`. `SaveCheckpoint` is stored if
         `check(…)` of where the checkpoint is does not raise; so are `SaveDocuments`, each by the
-        revision it is at, and `DeleteDocument`. A step sees those before it. A cancelled call
-        stores nothing unless it was being written.
+        revision it is at, `DeleteDocument`, and `DeleteDocuments`. A step sees those before it. A
+        cancelled call stores nothing unless it was being written.
         """
 
     @abstractmethod

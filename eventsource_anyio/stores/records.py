@@ -97,6 +97,11 @@ class Append(Struct, frozen=True, gc=False):
         first = (expected if isinstance(expected, int) else 0) + 1
         return range(first, actual + 1) if actual - first < _TOLD_AT_MOST else range(0)
 
+    def stored_by(self, result: AppendResult) -> bool:
+        """Whether it is the result of this call, and not that of an earlier one that it repeats:
+        what was stored earlier is read, and so is another object."""
+        return result.events[0].event is self.events[0].event
+
     def conflict(self, actual: int, meanwhile: Sequence[str] = ()) -> ConcurrencyError:
         """The error for a stream at the wrong version; `meanwhile` are `unexpected`'s types."""
         return ConcurrencyError(self.stream_id, self.expected_version, actual, meanwhile)

@@ -31,6 +31,9 @@ class SQLTransaction(Transaction, ABC):
 
     __slots__ = ()
 
+    def _can_follow(self) -> bool:
+        return True
+
     @abstractmethod
     async def execute(self, statement: Executable, parameters: object = None) -> Result[Any]:
         """Run a statement of SQLAlchemy, Core or ORM; the result is buffered.

@@ -9,23 +9,20 @@ from typing import Self, TypeAlias
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from msgspec import Struct
 
-from ..events import DomainEvent, NewEvent
+from ..events import DomainEvent, NewEvent, StoredEvent
 from ..ids import AggregateId
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository
-from ..repositories.document import (
-    DeleteDocument,
-    Document,
-    DocumentChange,
-    DocumentRepository,
-    SaveDocuments,
-    changes,
-    decode_document,
-)
+from ..repositories.document import Document, DocumentRepository, DocumentStep
 from ..repositories.outbox import OutboxRepository, StoredMessage
-from .records import AppendResult, ExpectedVersion, Step, encode_append
+from .records import Append, AppendResult, ExpectedVersion, Step, encode_append
+from .staging import StagedDocuments
 
 Write: TypeAlias = Callable[[Sequence[Step]], Awaitable[Sequence[AppendResult]]]
+# Given the results of what is being written, it returns the steps that are to be written with it.
+Follow: TypeAlias = Callable[[Sequence[AppendResult]], Awaitable[Sequence[Step]]]
+WriteInline: TypeAlias = Callable[[Sequence[Step], Follow], Awaitable[Sequence[AppendResult]]]
+AppendHandler: TypeAlias = Callable[[Sequence[StoredEvent], "Transaction"], Awaitable[None]]
 
 
 class LookUps(Struct, frozen=True):
@@ -48,18 +45,26 @@ class Transaction:
     __slots__ = (
         "__weakref__",
         "_documents",
+        "_handlers",
+        "_handling",
         "_look_ups",
         "_open",
         "_steps",
         "_write",
+        "_write_inline",
         "results",
     )
 
-    def __init__(self, write: Write, look_ups: LookUps) -> None:
+    def __init__(
+        self, write: Write, look_ups: LookUps, write_inline: WriteInline | None = None
+    ) -> None:
         self._write = write
+        self._write_inline = write_inline
         self._look_ups = look_ups
         self._steps: list[Step] = []
-        self._documents: dict[tuple[str, str], DocumentChange] = {}
+        self._documents = StagedDocuments(look_ups.documents_by_key, look_ups.documents_after)
+        self._handlers: list[AppendHandler] = []
+        self._handling = False
         self._open: bool | None = None
         self.results: tuple[AppendResult, ...] = ()
 
@@ -77,8 +82,31 @@ class Transaction:
         Arguments are checked and encoded at once. The expected version is that of the stream with
         this transaction's earlier appends in it.
         """
+        if self._handling:
+            raise RuntimeError(
+                "what is called by on_append appends nothing, as nobody would be called for it. "
+                "Let a projection of a ProjectionCoordinator append what follows from an event."
+            )
         append = encode_append(aggregate_id, aggregate_type, events, expected_version, metadata)
         await self._add((append,))
+
+    def on_append(self, handle: AppendHandler) -> None:
+        """Have it called at the end of the block, with the events that are being stored by it.
+
+        They have their versions and positions. What it writes by the transaction that it is given,
+        which is this one, is stored together with them, or nothing is: what it raises comes out of
+        the block. It is not called for an append that only repeats an earlier one, and reads what
+        was committed before. In memory and on SQLite all other writers wait for it; on PostgreSQL
+        those of the same streams do, and so do readers, for these events and all that come after.
+        So it is quick.
+        """
+        self._check_open()
+        if not self._can_follow():
+            raise RuntimeError(
+                "this transaction calls nobody for its events: it is part of another one, or of a "
+                "store that cannot. Use `store.transaction()`."
+            )
+        self._handlers.append(handle)
 
     @property
     def checkpoints(self) -> CheckpointRepository:
@@ -99,7 +127,7 @@ class Transaction:
         What is read is what is stored, and over it what the block has written so far.
         """
         self._check_open()
-        return DocumentRepository(self._by_key, self._after, self._add)
+        return DocumentRepository(self._documents.by_key, self._documents.after, self._add)
 
     async def __aenter__(self) -> Self:
         await checkpoint()
@@ -133,37 +161,37 @@ class Transaction:
         self._check_open()
         self._steps += steps
         for step in steps:
-            if isinstance(step, SaveDocuments | DeleteDocument):
-                for change in changes(step):
-                    self._documents[change.collection, change.key] = change
-
-    async def _by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:
-        written = self._documents
-        found = [_made(written[collection, key]) for key in keys if (collection, key) in written]
-        unwritten = [key for key in keys if (collection, key) not in written]
-        if unwritten:
-            found += await self._look_ups.documents_by_key(collection, unwritten)
-        else:
-            await checkpoint()
-        return [document for document in found if document is not None]
-
-    async def _after(self, collection: str, after: str, limit: int) -> Sequence[Document]:
-        own = {
-            key: change
-            for (its, key), change in self._documents.items()
-            if its == collection and key > after
-        }
-        stored = await self._look_ups.documents_after(collection, after, limit + len(own))
-        found = [document for document in stored if document.key not in own]
-        found += [made for change in own.values() if (made := _made(change)) is not None]
-        return sorted(found, key=lambda document: document.key)[:limit]
+            if isinstance(step, DocumentStep):
+                self._documents.add(step)
 
     async def _commit(self) -> None:
-        self.results = tuple(await self._write(self._steps))
+        if self._write_inline is not None and self._is_followed():
+            results = await self._write_inline(self._steps, self._follow)
+        else:
+            results = await self._write(self._steps)
+        self.results = tuple(results)
 
+    def _can_follow(self) -> bool:
+        return self._write_inline is not None
 
-def _made(change: DocumentChange) -> Document | None:
-    """The document as it is after a change; None if there is none."""
-    if isinstance(change, DeleteDocument):
-        return None
-    return decode_document(change.collection, change.key, change.revision, change.value_json)
+    def _is_followed(self) -> bool:
+        """Whether somebody is to be called for the events."""
+        return bool(self._handlers) and any(isinstance(step, Append) for step in self._steps)
+
+    async def _follow(self, results: Sequence[AppendResult]) -> Sequence[Step]:
+        appends = [step for step in self._steps if isinstance(step, Append)]
+        events = [
+            event
+            for append, result in zip(appends, results, strict=True)
+            if append.stored_by(result)
+            for event in result.events
+        ]
+        self._steps = []
+        if events:
+            self._open = self._handling = True
+            try:
+                for handle in self._handlers:
+                    await handle(events, self)
+            finally:
+                self._open = self._handling = False
+        return self._steps

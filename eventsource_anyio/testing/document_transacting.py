@@ -51,6 +51,23 @@ class DocumentTransactContract:
         assert (await document(store, "a")).revision == second
         assert (await document(store, "b")).revision == third
 
+    async def test_a_block_sees_a_collection_as_it_has_emptied_and_filled_it(
+        self, store: EventStore
+    ) -> None:
+        await store.documents.save_all("c", {"a": 1, "b": 1})
+        async with store.transaction() as tx:
+            documents = tx.documents
+            await documents.save("c", "c", 2)
+            await documents.delete_all("c")
+            assert await documents.get("c", "a") is None
+            assert await documents.get("c", "c") is None
+            assert await documents.list("c") == []
+            await documents.save_all("c", {"b": 3, "z": 3})
+            assert [one.key for one in await documents.list("c", after="a")] == ["b", "z"]
+            assert list(await documents.get_all("c", ["a", "z"])) == ["z"]
+            assert [one.key for one in await store.documents.list("c")] == ["a", "b"]
+        assert await values(store) == {"b": 3, "z": 3}
+
     async def test_a_step_sees_what_was_done_to_a_document_before_it(
         self, store: EventStore
     ) -> None:
@@ -95,6 +112,37 @@ class DocumentTransactContract:
             )
             assert error.actual != last
             assert await store.documents.list("c") == before
+
+    async def test_a_collection_is_emptied_at_its_place_among_the_steps(
+        self, store: EventStore
+    ) -> None:
+        many = {f"{number:04}": number for number in range(1200)}
+        for collection in ("b", "c", "c/1", "d"):
+            await store.documents.save_all(collection, {"a": 1, **many})
+        last = UUID(int=0)
+
+        async def empty(*, fail: bool) -> None:
+            nonlocal last
+            async with store.transaction() as tx:
+                await tx.append_events("a", "Thing", [Happened(1)], NO_STREAM)
+                await tx.documents.save_all("c", {"a": 2, "new": 2})
+                await tx.documents.delete_all("c")
+                await tx.documents.add("c", "a", 3)
+                last = await tx.documents.add("c", "0007", 3)
+                await tx.documents.delete_all("nothing")
+                if fail:
+                    await tx.documents.add("d", "a", 3)
+
+        with pytest.raises(DocumentConflictError):
+            await empty(fail=True)
+        assert await values(store, limit=2000) == {"a": 1, **many}
+        await empty(fail=False)
+        assert await values(store) == {"0007": 3, "a": 3}
+        assert (await document(store, "0007")).revision == last
+        for collection in ("b", "c/1", "d"):
+            assert len(await values(store, collection, limit=2000)) == 1201
+        await store.documents.delete_all("b")
+        assert await values(store, "b") == {}
 
     async def test_a_conflict_takes_documents_and_everything_else_back(
         self, store: EventStore

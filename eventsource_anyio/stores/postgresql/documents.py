@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from ...errors import DocumentConflictError
 from ...repositories.document import (
+    DeleteDocument,
     DocumentChange,
-    DocumentStep,
     EncodedDocument,
+    SaveDocuments,
     changes,
     revision_after,
 )
@@ -22,7 +23,7 @@ from .statements import Statements
 
 
 async def write_documents(
-    fetch: Fetch, statements: Statements, steps: Sequence[DocumentStep]
+    fetch: Fetch, statements: Statements, steps: Sequence[SaveDocuments | DeleteDocument]
 ) -> None:
     """Write all of the steps, or raise."""
     first: dict[tuple[str, str], DocumentChange] = {}

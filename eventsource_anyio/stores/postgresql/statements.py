@@ -88,6 +88,13 @@ class Statements:
         self.write_documents = sql(
             "SELECT conflict, actual FROM es.write_documents($1, $2, $3, $4, $5, $6)"
         )
+        # In the order in which `write_documents` locks them.
+        self.delete_documents = sql(
+            "WITH locked AS MATERIALIZED (SELECT collection, key FROM es.documents "
+            "WHERE collection = $1 ORDER BY key FOR UPDATE) "
+            "DELETE FROM es.documents d USING locked l "
+            "WHERE d.collection = l.collection AND d.key = l.key"
+        )
         self.documents_by_key = sql(
             "SELECT key, revision, value::text FROM es.documents "
             "WHERE collection = $1 AND key = ANY ($2::text[])"

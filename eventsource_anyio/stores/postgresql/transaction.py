@@ -1,7 +1,8 @@
 """A transaction with the user's own SQL in it, by SQLAlchemy; and one inside the user's own.
 
 - It begins with the first SQL; without any it is the steps alone.
-- The steps are written at the end, after the user's SQL, so that no reader waits for the user.
+- The steps are written at the end, after the user's SQL, so that no reader waits for the user: but
+  for what follows from the appends (`on_append`), which comes between them and the commit.
 - What ends it is shielded, and nothing that can be cancelled comes after the commit: if a
   cancellation comes out of the block, nothing was stored.
 - Our statements run through `exec_driver_sql`: SQLAlchemy begins a transaction with its first
@@ -89,16 +90,17 @@ class PostgreSQLTransaction(SQLTransaction):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._session is None:
+        if self._session is None and (exc_type is not None or not self._is_followed()):
             await super().__aexit__(exc_type, exc, traceback)
             return
+        session = self.session
         self._open = False
         try:
             if exc_type is None:
-                await self._finish(self._session)
+                await self._finish(session)
         finally:
             with shielded_cleanup():
-                await self._guest.run(self._session.close())
+                await self._guest.run(session.close())
 
     async def _finish(self, session: AsyncSession) -> None:
         await self._guest.run(session.flush())
@@ -106,6 +108,11 @@ class PostgreSQLTransaction(SQLTransaction):
         if self._steps:
             connection = await begun(self._guest, session)
             results = await self._write_in(connection, self._steps)
+            if self._is_followed():
+                steps = await self._follow(results)
+                await self._guest.run(session.flush())
+                if steps:
+                    await self._write_in(connection, steps)
         with shielded_cleanup() as scope:
             await _commit(self._guest, session)
             if results:

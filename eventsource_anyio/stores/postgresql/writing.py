@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ...cleanup import shielded_cleanup
 from ...errors import CheckpointConflictError
 from ...repositories.checkpoint import SaveCheckpoint
-from ...repositories.document import DeleteDocument, DocumentStep, SaveDocuments
+from ...repositories.document import DeleteDocument, DeleteDocuments, SaveDocuments
 from ...repositories.outbox import AddMessages, RemoveMessages
 from ..records import Append, AppendResult, Step
 from .documents import write_documents
@@ -41,7 +41,7 @@ async def write_steps(
     None if another transaction is appending to a stream of theirs, unless this is to `wait`. With
     `look`, the ids of each append are looked for first.
     """
-    documents: list[DocumentStep] = []
+    documents: list[SaveDocuments | DeleteDocument] = []
     for step in steps:
         match step:
             case SaveCheckpoint(name, position, expected):
@@ -64,6 +64,11 @@ async def write_steps(
                 await fetch(statements.remove_messages, list(message_ids))
             case SaveDocuments() | DeleteDocument():
                 documents.append(step)
+            case DeleteDocuments(collection):
+                if documents:
+                    await write_documents(fetch, statements, documents)
+                    documents = []
+                await fetch(statements.delete_documents, collection)
             case Append():
                 pass
     if documents:

@@ -9,8 +9,10 @@ from ...ids import uuid_of
 from ...repositories.checkpoint import SaveCheckpoint
 from ...repositories.document import (
     DeleteDocument,
+    DeleteDocuments,
     Document,
     DocumentChange,
+    DocumentStep,
     EncodedDocument,
     SaveDocuments,
     changes,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 MessageRow: TypeAlias = tuple[bytes, str, str, bytes, bytes | None, int, int]
 DocumentRow: TypeAlias = tuple[str, bytes, bytes]
-OtherStep: TypeAlias = SaveCheckpoint | OutboxStep | SaveDocuments | DeleteDocument
+OtherStep: TypeAlias = SaveCheckpoint | OutboxStep | DocumentStep
 
 CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -73,6 +75,7 @@ _SAVE_DOCUMENT = (
     "value = excluded.value, updated_at = excluded.updated_at"
 )
 _DELETE_DOCUMENT = "DELETE FROM documents WHERE collection = ? AND key = ?"
+_DELETE_DOCUMENTS = "DELETE FROM documents WHERE collection = ?"
 _BY_KEY = (
     "SELECT key, revision, CAST(value AS BLOB) FROM documents WHERE collection = ? AND key = ?"
 )
@@ -104,6 +107,8 @@ def take_step(connection: Connection, step: OtherStep, recorded_at: int) -> None
     elif isinstance(step, SaveDocuments | DeleteDocument):
         for change in changes(step):
             _change_document(connection, change, recorded_at)
+    elif isinstance(step, DeleteDocuments):
+        connection.execute(_DELETE_DOCUMENTS, (step.collection,))
     else:
         connection.executemany(_REMOVE, [(one.bytes,) for one in step.message_ids])
 

@@ -113,6 +113,10 @@ class SQLConnection:
     async def run(self, turn: Turn, work: Callable[[Session], T]) -> T:
         return await self._in_thread(partial(self._run, turn, work))
 
+    async def write(self, turn: Turn, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        """All but the commit; SQL may follow."""
+        return await self._in_thread(partial(self._write_first, turn, steps))
+
     async def commit(self, turn: Turn, steps: Sequence[Step]) -> Sequence[AppendResult]:
         with shielded_cleanup():
             return await self._in_thread(partial(self._commit, turn, steps))
@@ -215,13 +219,20 @@ class SQLConnection:
             try:
                 session.commit()
                 self._check()
-                return self._write(turn, steps)
+                outcome, position = self._write(steps)
+                self._end(turn, position)
+                return outcome
             finally:
                 self._let_go(turn)
 
-    def _write(self, turn: Turn, steps: Sequence[Step]) -> Sequence[AppendResult]:
-        from sqlite3 import IntegrityError
+    def _write_first(self, turn: Turn, steps: Sequence[Step]) -> Sequence[AppendResult]:
+        with self._session(turn) as session:
+            # It ends the session's savepoint: what is rolled back in a later one is SQL alone.
+            session.commit()
+            self._check()
+            return self._write(steps)[0]
 
+    def _write(self, steps: Sequence[Step]) -> tuple[Sequence[AppendResult], int]:
         assert self._raw is not None
         # Nothing that another one knows holds here: the user's SQL may have changed anything.
         database = self._database()
@@ -232,6 +243,12 @@ class SQLConnection:
             raise storage_error(error) from error
         if isinstance(outcome, EventSourceError):
             raise outcome
+        return outcome, database.position
+
+    def _end(self, turn: Turn, position: int) -> None:
+        from sqlite3 import IntegrityError
+
+        assert self._raw is not None
         try:
             self._raw.execute("COMMIT")
         except IntegrityError as error:  # a deferred constraint, which none of the store's is
@@ -240,8 +257,7 @@ class SQLConnection:
             raise exc.IntegrityError("COMMIT", None, error) from error
         except Exception as error:
             raise storage_error(error) from error
-        turn.position = database.position
-        return outcome
+        turn.position = position
 
     def _roll_back(self, turn: Turn) -> None:
         with self._lock:

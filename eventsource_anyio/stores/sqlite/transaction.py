@@ -74,6 +74,14 @@ class SQLiteTransaction(SQLTransaction):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        followed = exc_type is None and self._is_followed()
+        if followed:
+            async with self._calls:
+                try:
+                    self._begun = self._begun or await self._begin()
+                except BaseException:
+                    self._open = False
+                    raise
         if self._begun is None:
             await super().__aexit__(exc_type, exc, traceback)
             return
@@ -82,7 +90,12 @@ class SQLiteTransaction(SQLTransaction):
         try:
             if exc_type is None:
                 await checkpoint_if_cancelled()
-                self.results = tuple(await connection.commit(turn, self._steps))
+                if followed:
+                    results = await connection.write(turn, self._steps)
+                    await connection.commit(turn, await self._follow(results))
+                else:
+                    results = await connection.commit(turn, self._steps)
+                self.results = tuple(results)
         finally:
             await connection.end(turn)
 
