@@ -176,6 +176,7 @@ class Network:
         self.silent = False
         self.silent_at_commit = False
         self.connections: set[SocketStream] = set()
+        self.lost: set[SocketStream] = set()
         self.connected = 0
 
     async def serve(self) -> None:
@@ -199,7 +200,7 @@ class Network:
             async for said in one:
                 if asking and self.silent_at_commit and re.search(rb"COMMIT;?\0", said):
                     self.silent = True
-                if asking or not self.silent:
+                if asking or not (self.silent or another in self.lost):
                     await another.send(said)
             await another.aclose()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -207,6 +208,7 @@ class Network:
 
     async def cut(self) -> None:
         """Lose all connections; new ones are as good as ever."""
+        self.lost |= self.connections  # what was not answered yet is not answered now
         self.silent = self.silent_at_commit = False
         for one in list(self.connections):
             await one.aclose()
