@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TypeVar
@@ -177,7 +178,7 @@ class ShardRun:
                 return await call()
             except StorageError as error:
                 failure: BaseException = error
-            await self._pause(lambda failure=failure: self._back_off(failure))
+            await self._pause(partial(self._back_off, failure))
         return None
 
     # One batch -----------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class ShardRun:
                 if self._is_of_parked(error):
                     await self._load_parked()
                 elif await self._is_of_storage(error):
-                    await self._pause(lambda error=error: self._back_off(error))
+                    await self._pause(partial(self._back_off, error))
                     if await self._was_committed():
                         left.pop()
                 elif not part:
@@ -325,6 +326,7 @@ class ShardRun:
 
     async def _failed(self, event: _Read, error: Exception, failures: int) -> ParkedStream | None:
         """What is to be parked, if it was for the last time."""
+        await self._was_committed()  # a shard that was lost is no failure: others have handled it
         projection = self._projection
         where = f"{event.stream_id}, version {event.version}, position {event.position}"
         if failures < projection.attempts and not isinstance(error, EventDecodeError):
