@@ -215,3 +215,120 @@ def test_it_imports_no_event_loop_that_it_does_not_run():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert ran.stdout == "False False\n"
+
+
+# -- rebuild ------------------------------------------------------------------------------------
+
+APPLICATION = """
+from contextlib import asynccontextmanager
+from eventsource_anyio import ANY, SQLiteEventStore
+from eventsource_anyio.projections import Projection, ProjectionCoordinator
+from eventsource_anyio.testing.samples import append_numbers
+
+class Numbers(Projection):
+    name = "numbers"
+    attempts = 1
+    broken = False
+
+    async def handle(self, event, tx):
+        if self.broken:
+            raise KeyError("postgresql://u:secret@h/d")
+        await tx.documents.add("numbers", str(event.position), None)
+
+    async def reset(self, tx):
+        for document in await tx.documents.list("numbers", limit=10_000):
+            await tx.documents.delete("numbers", document.key)
+
+@asynccontextmanager
+async def coordinator():
+    async with SQLiteEventStore("events.db") as store:
+        if not await store.last_position():
+            await append_numbers(store, 1200)
+            await store.documents.add("numbers", "left over", None)
+        yield ProjectionCoordinator(store, [Numbers()])
+        assert len(await store.documents.list("numbers", limit=10_000)) == 1200
+
+@asynccontextmanager
+async def broken():
+    async with coordinator() as one:
+        Numbers.broken = True
+        yield one
+
+def one():
+    return ProjectionCoordinator
+
+number = 1
+"""
+
+
+@pytest.fixture
+def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "shop.py").write_text(APPLICATION)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("application")
+def test_rebuild_shows_how_far_it_has_got():
+    for _ in range(2):
+        ran = run("rebuild", "shop:coordinator", "numbers", PYTHONPATH=str(ROOT))
+        assert ran.returncode == 0
+        assert ran.stderr.splitlines()[-1].startswith("numbers: 1,200 of 1,200, 100 %, ")
+        assert ran.stdout == "numbers, version 1, is rebuilt up to position 1200.\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+@pytest.mark.usefixtures("application")
+def test_rebuild_has_a_bar_on_a_terminal():
+    import pty
+
+    if not find_spec("rich"):
+        pytest.skip("rich is not installed")
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "eventsource_anyio.cli", "rebuild", "shop:coordinator"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    ran = subprocess.Popen(
+        [*command, "numbers"], env=env, stdout=subprocess.PIPE, stderr=terminal, text=True
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while part := os.read(controller, 10_000):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(controller)
+    out, _ = ran.communicate(timeout=60)
+    assert ran.returncode == 0
+    assert out == "numbers, version 1, is rebuilt up to position 1200.\n"
+    assert "━" in shown.decode()
+    assert "1200/1200" in shown.decode()
+
+
+@pytest.mark.usefixtures("application")
+def test_a_rebuild_that_fails_says_why():
+    ran = run("rebuild", "shop:broken", "numbers", PYTHONPATH=str(ROOT))
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "Projection 'numbers', version 1, is not running." in ran.stderr
+    assert "KeyError: 'postgresql://u:***@h/d'" in ran.stderr
+    ran = run("rebuild", "shop:coordinator", "other", PYTHONPATH=str(ROOT))
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "there is no projection 'other' here; there are: numbers" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("shop", "give module:function, such as shop.main:coordinator"),
+        ("shop:", "give module:function"),
+        ("nowhere.at_all:coordinator", "there is no module nowhere"),
+        ("shop:nobody", "shop has no function nobody"),
+        ("shop:number", "shop has no function number"),
+        ("shop:one", "must be an async context manager"),
+    ],
+)
+@pytest.mark.usefixtures("application")
+def test_what_is_no_application_is_refused(path, why):
+    ran = run("rebuild", path, "numbers", PYTHONPATH=str(ROOT))
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert why in ran.stderr

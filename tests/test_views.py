@@ -21,7 +21,7 @@ from eventsource_anyio.projections import (
     evolves,
     handles,
 )
-from eventsource_anyio.projections.runner import SERVING
+from eventsource_anyio.projections.serving import COLLECTION as SERVING
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.samples import Happened, append_numbers
 from tests.every_store import make_store, open_store, which_store

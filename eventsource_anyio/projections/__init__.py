@@ -6,10 +6,12 @@ from .inline import Inline
 from .parked import ParkedStream
 from .process_manager import ProcessManager, Reaction
 from .progress import ProjectionStatistics
+from .rebuilding import BuildProgress
 from .timers import Clock, SystemClock
 from .view import SingleStreamView, evolves
 
 __all__ = [
+    "BuildProgress",
     "Clock",
     "Inline",
     "ParkedStream",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from inspect import iscoroutinefunction
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Never, TypeVar, cast
 
 from ..dispatch import check_marked, marked, marked_methods
 from ..events import DomainEvent, StoredEvent, names_under
@@ -131,6 +131,11 @@ class Projection(ABC, Generic[TTransaction]):
             if base in self._methods:
                 return self._methods[base]
         return None
+
+
+def reacts(projection: Projection[Never]) -> bool:
+    """Whether its class has a `react` of its own."""
+    return getattr(type(projection), "react") is not getattr(Projection, "react")  # noqa: B009
 
 
 def check_projection(projection: Projection[Any]) -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Never, cast
 
 import anyio
@@ -17,12 +17,17 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from ..cleanup import shielded_cleanup
-from ..errors import StorageError
+from ..errors import ProjectionStoppedError, StorageError
 from ..stores.interface import AppendResult, EventStore, Transaction
 from .base import Projection, check_projection
 from .members import Members
+from .parked import ParkedStream
 from .progress import ProjectionStatistics
+from .promoting import Promotion
+from .rebuilding import BuildProgress, Measured, Rebuilding
+from .retrying import Retrying
 from .runner import Runner
+from .serving import Serving, ServingRepository
 
 _logger = logging.getLogger("eventsource_anyio.projections")
 
@@ -50,11 +55,14 @@ class ProjectionCoordinator:
             check_projection(projection)
         self._store = store
         self._lease = lease
+        self._served: dict[str, Serving] = {}
         self._runners = {
-            (one.name, one.version): Runner(store, one, self._look_soon) for one in given
+            (one.name, one.version): Runner(store, one, self._look_soon, self._served)
+            for one in given
         }
         if len(self._runners) < len(given):
             raise ValueError("two projections have the same name and version")
+        self._measured = {key: Measured() for key in self._runners}
         self._head = 0
         self._running = False
         self._stopping = False
@@ -122,7 +130,7 @@ class ProjectionCoordinator:
         live = await members.look([one.key for one in runners if one.progress.failed is None])
         self._head = max(self._head, await self._store.last_position())
         for runner in runners:
-            oldest = min(v for name, v in self._runners if name == runner.projection.name)
+            oldest = self._oldest(runner.projection.name)
             await runner.look(members.me, live, tasks, oldest=oldest)
 
     async def _leave(self, members: Members) -> None:
@@ -157,34 +165,165 @@ class ProjectionCoordinator:
         at again and again.
 
         Raises:
-            ProjectionStoppedError: one has failed, or the coordinator is not running.
+            ProjectionStoppedError: one has failed, or the coordinator is not running, or a version
+                that is not known here has taken over.
         """
         position = target if isinstance(target, int) else target.position
         await checkpoint()
-        for runner in self._chosen(projection):
-            await runner.wait_for(position)
+        names = {name for name, _ in self._runners} if projection is None else {projection}
+        for name in sorted(names):
+            versions = self._versions(name)
+            arrived: set[Runner] = set()
+            while True:
+                wanted = [one for one in versions if one.serving or projection is None] or versions
+                # One that another version has taken over from would be waited for in vain.
+                left = [one for one in wanted if one not in arrived and not await one.is_retired()]
+                if left and await left[0].wait_for(position):
+                    arrived.add(left[0])
+                elif not left and arrived:
+                    break
+                elif not left:
+                    raise ProjectionStoppedError(name, wanted[0].projection.version)
 
-    def _chosen(self, name: str | None) -> Sequence[Runner]:
-        if name is None:
-            return list(self._runners.values())
+    def _versions(self, name: str) -> list[Runner]:
         found = [one for one in self._runners.values() if one.projection.name == name]
         if not found:
             names = ", ".join(sorted({name for name, _ in self._runners}))
             raise ValueError(f"there is no projection {name!r} here; there are: {names}")
-        return [one for one in found if one.serving] or found
+        return found
+
+    def _oldest(self, name: str) -> int:
+        """Which version serves as long as nobody has decided."""
+        return min(one.projection.version for one in self._versions(name))
 
     def statistics(self) -> Sequence[ProjectionStatistics]:
         """Where each of them stands, as it is known here without asking anybody."""
+        runners = [one for one in self._runners.values() if not one.dropped]
         head = max(self._head, *(one.position for one in self._runners.values()))
-        return [one.statistics(head) for one in self._runners.values()]
+        return [one.statistics(head) for one in runners]
 
     def resume(self, name: str) -> None:
         """Try again what has failed for the last time, from the event it failed at."""
-        for runner in self._runners.values():
-            if runner.projection.name == name:
-                runner.progress.begin_again()
-        self._chosen(name)
+        for runner in self._versions(name):
+            runner.progress.begin_again()
         self._look_soon()
+
+    # Operations ----------------------------------------------------------------------------------
+    # They act on documents alone, so they work whether this coordinator runs, or another one, or
+    # none. `version` is the one that serves where it is not given.
+
+    async def progress(self, name: str, *, version: int | None = None) -> BuildProgress:
+        """How far it has been built, as the store has it. Ask again and again to see the rate."""
+        runner = await self._version(name, version)
+        shards = await runner.shards.all()
+        untils = [one.until for one in shards if one.until is not None]
+        target = await self._store.last_position()
+        if untils and len(untils) == len(shards):  # it stands still, or is about to
+            target = min(target, *untils)
+        position = min((one.position for one in shards), default=0)
+        measured = self._measured[name, runner.projection.version]
+        return measured.progress(runner.projection, position, target)
+
+    async def parked(self, name: str, *, version: int | None = None) -> Sequence[ParkedStream]:
+        """The streams that are set aside, by their ids."""
+        return await (await self._version(name, version)).parked.all()
+
+    async def retry_parked(self, name: str, stream_id: str, *, version: int | None = None) -> int:
+        """Handle the events of a stream that are set aside, in order, each in a transaction.
+
+        Returns how many; 0 if the stream is not parked. What the projection raises comes out; then
+        the stream is parked from the event that it was raised at. While this runs, the projection
+        may go on, and set aside more of the stream, which is handled too.
+        """
+        runner = await self._version(name, version)
+        return await Retrying(self._store, runner.projection).retry(stream_id)
+
+    async def discard_parked(self, name: str, stream_id: str, *, version: int | None = None) -> int:
+        """Never handle those events; how many. The later ones of the stream are handled again."""
+        runner = await self._version(name, version)
+        return await Retrying(self._store, runner.projection).discard(stream_id)
+
+    async def rebuild(self, name: str, *, version: int | None = None) -> None:
+        """Empty the read model, and have it built from the beginning, by whoever runs it.
+
+        It returns once it is emptied. Nobody has to wait for the rest, which resumes by itself; see
+        `progress` and `wait_for`. What is parked is handled with everything else. A projection
+        that reacts does not do so again; `ValueError` if there are parked streams that it has not
+        reacted to yet. A version that was dropped is built again.
+        """
+        runner = await self._version(name, version)
+        try:
+            await self._rebuilding(runner).rebuild()
+            await self._changed(runner, started_over=True)
+        finally:  # it may be done though it was cancelled
+            self._look_soon()
+
+    async def promote(
+        self,
+        name: str,
+        version: int,
+        *,
+        verify: Callable[[Never], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Have this version serve in place of the one that does, which stands still from then on.
+
+        Both have to be run, here or elsewhere. This waits until the candidate is close behind; then
+        both stop at the same position, and one transaction calls `verify`, has the candidate
+        `take_over`, and lets it go on. So of two versions that react, one does for each event.
+
+        Cancelled or failed before that, nothing has changed. Killed, both may stand still until
+        this is called again; called with the version that serves, it lets it go on.
+
+        Raises:
+            RuntimeError: `verify` has not returned True.
+            ValueError: there are parked streams that the serving version has not reacted to.
+            ProjectionStoppedError: one of the two has failed here.
+        """
+        candidate = await self._version(name, version)
+        check = cast("Callable[[Transaction], Awaitable[bool]] | None", verify)
+        versions = self._versions(name)
+        await Promotion(self._store, candidate, versions, self._look_soon, check).run()
+        await self._changed(candidate)
+
+    async def drop(self, name: str, version: int) -> None:
+        """Empty the read model of a version that does not serve, and run it nowhere any more.
+
+        `ValueError` if it serves.
+        """
+        runner = await self._version(name, version)
+        try:
+            await self._rebuilding(runner).drop()
+            await self._changed(runner, started_over=True)
+        finally:
+            self._look_soon()
+
+    async def _changed(self, runner: Runner, *, started_over: bool = False) -> None:
+        """Have what is done here next find it as it has just been changed."""
+        name = runner.projection.name
+        served = await ServingRepository(self._store).get(name)
+        if served is not None:
+            self._served[name] = served
+        for one in self._versions(name):
+            one.changed(started_over=started_over and one is runner)
+
+    def _rebuilding(self, runner: Runner) -> Rebuilding:
+        oldest = self._oldest(runner.projection.name)
+        return Rebuilding(self._store, runner.projection, oldest=oldest)
+
+    async def _version(self, name: str, version: int | None) -> Runner:
+        versions = self._versions(name)
+        if version is None:
+            serving = await ServingRepository(self._store).get(name)
+            version = serving.version if serving else self._oldest(name)
+        for one in versions:
+            if one.projection.version == version:
+                return one
+        given = ", ".join(str(one.projection.version) for one in versions)
+        raise ValueError(
+            f"Version {version} of projection {name!r} is not known here.\n"
+            f"  This coordinator was given: {given}.\n"
+            "  Give it the projection of that version too, or name one of these by version=…"
+        )
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

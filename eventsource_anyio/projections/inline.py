@@ -13,7 +13,7 @@ import attrs
 from ..events import StoredEvent
 from ..stores.interface import EventStore, Transaction
 from .base import Projection, check_projection
-from .runner import SERVING
+from .serving import ServingRepository
 
 
 class Inline:
@@ -87,11 +87,13 @@ async def _rebuild(store: EventStore, projection: Projection[Transaction]) -> No
             "  What was appended meanwhile may have been handled too early, or not at all.\n"
             "  Stop what appends, and rebuild it again."
         )
-    served = await store.documents.get(SERVING, projection.name)
-    async with store.transaction() as tx:
-        if served is not None and served.value != {"version": projection.version}:
+    versions = ServingRepository(store)
+    serving = await versions.get_or_add(projection.name, projection.version)
+    if serving.version != projection.version:
+        async with store.transaction() as tx:
             await projection.take_over(tx)
-        await tx.documents.save(SERVING, projection.name, {"version": projection.version})
+            now = attrs.evolve(serving, version=projection.version)
+            await versions.save(tx.documents, now)
 
 
 async def _handle(

@@ -29,7 +29,7 @@ _PAGE = 1000
 @frozen
 class ParkedStream:
     """Events of one stream that were set aside: those of versions `first` to `last`, which the
-    projection wants, `events` of them. `error` is what the first one failed with."""
+    projection wants, `events` of them. `error` is what the first one failed with last."""
 
     stream_id: str
     first: int
@@ -45,8 +45,13 @@ class ParkedStream:
 
 
 def parked_at(event: StoredEvent | EventDecodeError, error: BaseException) -> ParkedStream:
-    text = f"{type(error).__name__}: {error}".replace("\0", "")[:2000]
-    return ParkedStream(event.stream_id, event.version, event.version, 1, text, datetime.now(UTC))
+    return ParkedStream(
+        event.stream_id, event.version, event.version, 1, error_text(error), datetime.now(UTC)
+    )
+
+
+def error_text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\0", "")[:2000]
 
 
 class ParkedRepository:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -22,9 +21,9 @@ from .base import Projection
 from .parked import ParkedRepository
 from .progress import Progress, ProjectionStatistics, State
 from .running import ShardRun
+from .serving import Serving, ServingRepository
 from .shards import Shard, ShardRepository
 
-SERVING = "projections/serving"
 _LOOK_ELSEWHERE = 0.05
 
 
@@ -34,15 +33,18 @@ class Runner:
         store: EventStore,
         projection: Projection[Transaction],
         ended: Callable[[], None],
+        served: dict[str, Serving],
     ) -> None:
         self.projection = projection
         self.shards = ShardRepository(store, projection.name, projection.version)
         self.parked = ParkedRepository(store, projection.name, projection.version)
         self.progress = Progress()
         self.key = f"{projection.name}@{projection.version}"
-        self.serving = False
         self.running = False
         self._store = store
+        self._serving = ServingRepository(store)
+        self._served = served  # by name; what one version finds out all of them know
+        self._times_changed = 0
         self._known: Sequence[Shard] = ()
         self._runs: dict[str, ShardRun] = {}
         self._owned_by = ""
@@ -61,11 +63,11 @@ class Runner:
     async def _look(
         self, me: str, live: Mapping[str, Collection[str]], tasks: TaskGroup, oldest: int
     ) -> None:
-        await self._find_serving(oldest)
-        self._known = await self.shards.all()
-        if not self._known:
+        await self._read(oldest)
+        if not self._known and not self.dropped:
             await self.shards.create(self.projection.shards)
-            self._known = await self.shards.all()
+            await self._look(me, live, tasks, oldest)
+            return
         if me != self._owned_by:  # what ran under another id has been taken away
             self._cancel_all()
             self._owned_by = me
@@ -90,7 +92,7 @@ class Runner:
         self.progress.moved()
 
     def _share(self, me: str, live: Mapping[str, Collection[str]]) -> int:
-        if self.progress.failed is not None:
+        if self.progress.failed is not None or self.dropped:
             return 0
         sharing = sorted(one for one, keys in live.items() if self.key in keys)
         whole, over = divmod(len(self._known), len(sharing))
@@ -118,16 +120,6 @@ class Runner:
         self.progress.moved()
         self._ended()
 
-    async def _find_serving(self, oldest: int) -> None:
-        name = self.projection.name
-        document = await self._store.documents.get(SERVING, name)
-        if document is None:
-            await self._store.documents.add(SERVING, name, {"version": oldest})
-            version = oldest
-        else:
-            version = cast("dict[str, int]", document.value)["version"]
-        self.serving = version == self.projection.version
-
     def stop(self) -> None:
         for run in self._runs.values():
             run.stop()
@@ -135,6 +127,39 @@ class Runner:
     def _cancel_all(self) -> None:
         for run in self._runs.values():
             run.cancel()
+
+    def changed(self, *, started_over: bool = False) -> None:
+        """Somebody here has just changed its documents: all of its shards were set to the
+        beginning or removed, or another version serves."""
+        self._times_changed += 1
+        if started_over:
+            self._cancel_all()
+            self._runs.clear()
+            self._known = [evolve(one, position=0, owner=None, until=None) for one in self._known]
+            self.progress.begin_again()
+        self.progress.moved()
+
+    async def _read(self, oldest: int | None = None) -> None:
+        while True:  # what was on its way here while they were changed is not true any more
+            times = self._times_changed
+            known = await self.shards.all()
+            if oldest is not None:  # after the shards: see `serving`
+                served = await self._serving.get_or_add(self.projection.name, oldest)
+                if times == self._times_changed:
+                    self._served[self.projection.name] = served
+            if times == self._times_changed:
+                self._known = known
+                return
+
+    @property
+    def serving(self) -> bool:
+        served = self._served.get(self.projection.name)
+        return served is not None and served.version == self.projection.version
+
+    @property
+    def dropped(self) -> bool:
+        served = self._served.get(self.projection.name)
+        return served is not None and self.projection.version in served.dropped
 
     # Where it stands -----------------------------------------------------------------------------
 
@@ -147,12 +172,25 @@ class Runner:
         ]
         return min(positions, default=0)
 
-    async def wait_for(self, position: int) -> None:
-        """Return when every shard, here or elsewhere, has got there."""
+    async def is_retired(self) -> bool:
+        """Whether another version serves, and this one is to go no further."""
+        if self._standing and not self.serving:
+            await self._read()  # it may have been let go since
+        return self.dropped or (self._standing and not self.serving)
+
+    @property
+    def _standing(self) -> bool:
+        return any(shard.until is not None for shard in self._known)
+
+    async def wait_for(self, position: int) -> bool:
+        """True when every shard, here or elsewhere, has got there; False if they will not."""
         while True:
+            retired = await self.is_retired()
             self._check_running()
             if self._known and self.position >= position:
-                return
+                return True
+            if retired:
+                return False
             elsewhere = any(shard.key not in self._runs for shard in self._known)
             behind_here = any(run.position < position for run in self._runs.values())
             if behind_here or not elsewhere:
@@ -160,7 +198,7 @@ class Runner:
             else:
                 with anyio.move_on_after(_LOOK_ELSEWHERE):
                     await self.progress.wait()
-                self._known = await self.shards.all()
+                await self._read()
 
     def _check_running(self) -> None:
         failed = self.progress.failed

@@ -118,7 +118,8 @@ class ShardRepository:
 def _joinable(shards: Sequence[Shard]) -> bool:
     """Whether they are one range, and stand at one position."""
     adjacent = all(a.last + 1 == b.first for a, b in zip(shards, shards[1:], strict=False))
-    return adjacent and len({(one.position, one.quiet, one.until) for one in shards}) == 1
+    stand = {(one.position, max(one.quiet, one.position), one.until) for one in shards}
+    return adjacent and len(stand) == 1
 
 
 def _value(shard: Shard) -> dict[str, object]:

@@ -28,7 +28,7 @@ from ..ids import (
 from ..repositories.document import Document
 from ..stores.interface import EventStore, ReadOptions, Transaction
 from .base import Projection
-from .runner import SERVING
+from .serving import ServingRepository
 
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., object])
@@ -154,11 +154,8 @@ class SingleStreamView(Projection[Transaction], Generic[V]):
         return f"views/{self.name}/{version}"
 
     async def _serving(self, store: EventStore) -> str:
-        document = await store.documents.get(SERVING, self.name)
-        version = self.version
-        if document is not None:
-            version = cast("dict[str, int]", document.value)["version"]
-        return self._collection(version)
+        serving = await ServingRepository(store).get(self.name)
+        return self._collection(self.version if serving is None else serving.version)
 
     def _encode(self, key: str, view: V) -> object:
         try:
