@@ -116,13 +116,13 @@ class Projection(ABC, Generic[TTransaction]):
 
     def filters(self) -> ReadOptions:
         """What it reads of the store."""
-        event_types = tuple(self.event_types)
+        event_types = self.event_types
         own_handle = type(self).handle is not Projection.handle
         if not event_types and not own_handle and self._methods:
             event_types = names_under(cast("dict[type[DomainEvent], str]", self._methods))
         return ReadOptions(
-            event_types=event_types,
-            aggregate_types=tuple(self.aggregate_types),
+            event_types=cast("tuple[str, ...]", event_types),  # converted, or refused
+            aggregate_types=cast("tuple[str, ...]", self.aggregate_types),
             batch_size=self.batch_size,
         )
 

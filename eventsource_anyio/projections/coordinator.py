@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Never, cast
 
 import anyio
@@ -17,7 +18,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from ..cleanup import shielded_cleanup
-from ..errors import ProjectionStoppedError, StorageError
+from ..errors import ProjectionStoppedError, StorageError, StoreClosedError
 from ..stores.interface import AppendResult, EventStore, Transaction
 from .base import Projection, check_projection
 from .members import Members
@@ -87,7 +88,6 @@ class ProjectionCoordinator:
         except BaseExceptionGroup as group:
             raise _only(group) from None
         finally:
-            self._running = False
             try:
                 with shielded_cleanup():
                     await self._leave(members)
@@ -95,6 +95,7 @@ class ProjectionCoordinator:
                 for runner in self._runners.values():
                     runner.running = False
                     runner.progress.moved()
+                self._running = False
                 self._stopped.set()
 
     async def _run(self, members: Members, task_status: TaskStatus[None]) -> None:
@@ -104,20 +105,34 @@ class ProjectionCoordinator:
             tasks.start_soon(self._background, background)
             task_status.started()
             while not self._stopping:
-                if not self._look_again:
-                    with anyio.move_on_after(self._lease / 3) as self._waiting:
-                        await anyio.sleep_forever()
-                    self._waiting = None
-                self._look_again = False
+                await self._pause()
                 if not self._stopping:
                     try:
                         await self._look(members, tasks)
                     except StorageError as error:
                         # What runs goes on: it can commit as long as nobody has taken it over.
                         _logger.warning("the coordinators cannot be looked at: %s", error)
+                        self._look_again = False
             background.cancel()
             for runner in self._runners.values():
                 runner.stop()
+            while any(runner.runs for runner in self._runners.values()):
+                if not await self._pause():  # nobody takes over what is being finished
+                    with suppress(StorageError):
+                        await self._say_alive(members)
+
+    async def _pause(self) -> bool:
+        """A third of the lease, or until there is something to look at: whether there is."""
+        if not self._look_again:
+            with anyio.move_on_after(self._lease / 3) as self._waiting:
+                await anyio.sleep_forever()
+            self._waiting = None
+        look, self._look_again = self._look_again, False
+        return look
+
+    async def _say_alive(self, members: Members) -> Mapping[str, Collection[str]]:
+        runners = self._runners.values()
+        return await members.look([one.key for one in runners if one.progress.failed is None])
 
     async def _background(self, scope: anyio.CancelScope) -> None:
         with scope:
@@ -127,7 +142,7 @@ class ProjectionCoordinator:
 
     async def _look(self, members: Members, tasks: TaskGroup) -> None:
         runners = self._runners.values()
-        live = await members.look([one.key for one in runners if one.progress.failed is None])
+        live = await self._say_alive(members)
         self._head = max(self._head, await self._store.last_position())
         for runner in runners:
             oldest = self._oldest(runner.projection.name)
@@ -136,7 +151,7 @@ class ProjectionCoordinator:
     async def _leave(self, members: Members) -> None:
         try:
             await members.leave()
-        except StorageError as error:
+        except (StorageError, StoreClosedError) as error:
             _logger.warning("the others will wait for the end of the lease: %s", error)
 
     def _look_soon(self) -> None:
@@ -327,8 +342,16 @@ class ProjectionCoordinator:
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error of a group that holds but one, however deep."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+    """The one error of a group that holds but one, however deep; a store closed under several
+    tasks is one."""
+    errors = list(_leaves(group))
+    closed = all(isinstance(error, StoreClosedError) for error in errors)
+    return errors[0] if closed or len(errors) == 1 else group
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error

@@ -49,9 +49,12 @@ class Members:
             self.me = str(uuid4())
             self._joined = True
             await documents.add(COLLECTION, self.me, value)
+        found = await self._all()
+        keys = {one.key for one in found}
+        self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
         return {
             one.key: cast("dict[str, list[str]]", one.value)["projections"]
-            for one in await self._all()
+            for one in found
             if one.key == self.me or await self._alive(one)
         }
 

@@ -56,9 +56,7 @@ class Progress:
         """So many events were committed; the last of them was recorded then."""
         now = monotonic()
         self.handled += events
-        self.retrying = False
-        if self.failed is None:
-            self.error = None
+        self.recovered()
         self._recorded_at = recorded_at or self._recorded_at
         self._batches.append((now, events))
         while self._batches[0][0] < now - _WINDOW:
@@ -67,6 +65,12 @@ class Progress:
     def failure(self, error: BaseException) -> None:
         self.retrying = True
         self.error = f"{type(error).__name__}: {error}"
+
+    def recovered(self) -> None:
+        """What failed works again, though nothing was handled yet."""
+        self.retrying = False
+        if self.failed is None:
+            self.error = None
 
     def give_up(self, error: BaseException) -> None:
         self.failure(error)

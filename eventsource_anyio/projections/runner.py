@@ -18,6 +18,7 @@ from attrs import evolve
 from ..errors import DocumentConflictError, ProjectionStoppedError
 from ..stores.interface import EventStore, Transaction
 from .base import Projection
+from .members import COLLECTION
 from .parked import ParkedRepository
 from .progress import Progress, ProjectionStatistics, State
 from .running import ShardRun
@@ -25,6 +26,7 @@ from .serving import Serving, ServingRepository
 from .shards import Shard, ShardRepository
 
 _LOOK_ELSEWHERE = 0.05
+_LOOKS = 10
 
 
 class Runner:
@@ -57,8 +59,10 @@ class Runner:
     ) -> None:
         """Run the shards that are this coordinator's part; `oldest` is the version that serves
         where none does yet."""
-        with suppress(DocumentConflictError):  # others look at the same time: then it comes next
-            await self._look(me, live, tasks, oldest)
+        for _ in range(_LOOKS):  # others look at the same time, and one of them was faster
+            with suppress(DocumentConflictError):
+                await self._look(me, live, tasks, oldest)
+                return
 
     async def _look(
         self, me: str, live: Mapping[str, Collection[str]], tasks: TaskGroup, oldest: int
@@ -75,26 +79,38 @@ class Runner:
         for key, run in self._runs.items():
             if key not in shards or shards[key].owner != me:
                 run.cancel()
+        free = await self._free(me, live)
+        share = self._share(me, live)
+        if len(self._runs) < share and await self.shards.arrange(free, self.projection.shards):
+            await self._look(me, live, tasks, oldest)
+            return
+        for shard in free:
+            if len(self._runs) < share:
+                await self._take(shard, me, tasks)
+            elif shard.owner == me:  # it could not be given back when its run ended
+                await self.shards.save(self._store.documents, evolve(shard, owner=None))
+        for run in list(self._runs.values())[share:]:
+            run.stop()
+        self.progress.moved()
+
+    async def _free(self, me: str, live: Mapping[str, Collection[str]]) -> list[Shard]:
+        """Those that nobody runs; not those of one that has joined since it was looked."""
         free = [
             shard
             for shard in self._known
             if shard.key not in self._runs
             and (shard.owner in (None, me) or self.key not in live.get(shard.owner or "", ()))
         ]
-        share = self._share(me, live)
-        if len(self._runs) < share and await self.shards.arrange(free, self.projection.shards):
-            await self._look(me, live, tasks, oldest)
-            return
-        for shard in free[: max(share - len(self._runs), 0)]:
-            await self._take(shard, me, tasks)
-        for run in list(self._runs.values())[share:]:
-            run.stop()
-        self.progress.moved()
+        unknown = {shard.owner for shard in free if shard.owner} - {me, *live}
+        joined = await self._store.documents.get_all(COLLECTION, unknown) if unknown else ()
+        return [shard for shard in free if shard.owner not in joined]
 
     def _share(self, me: str, live: Mapping[str, Collection[str]]) -> int:
+        sharing = sorted(one for one, keys in live.items() if self.key in keys)
         if self.progress.failed is not None or self.dropped:
             return 0
-        sharing = sorted(one for one, keys in live.items() if self.key in keys)
+        if me not in sharing:  # it was resumed since it looked
+            return 0
         whole, over = divmod(len(self._known), len(sharing))
         return whole + (sharing.index(me) < over)
 
@@ -119,6 +135,11 @@ class Runner:
             del self._runs[run.shard.key]
         self.progress.moved()
         self._ended()
+
+    @property
+    def runs(self) -> int:
+        """How many shards are run here, those that are being finished among them."""
+        return len(self._runs)
 
     def stop(self) -> None:
         for run in self._runs.values():
@@ -166,11 +187,12 @@ class Runner:
     @property
     def position(self) -> int:
         """How far all shards have got, as far as is known here."""
-        positions = [
-            self._runs[shard.key].position if shard.key in self._runs else shard.position
-            for shard in self._known
-        ]
-        return min(positions, default=0)
+        return min([self._position_of(shard) for shard in self._known], default=0)
+
+    def _position_of(self, shard: Shard) -> int:
+        run = self._runs.get(shard.key)
+        # What is known may be from before ranges were split: then it is where the whole range was.
+        return run.position if run and run.shard.last == shard.last else shard.position
 
     async def is_retired(self) -> bool:
         """Whether another version serves, and this one is to go no further."""

@@ -3,8 +3,9 @@
 - A batch is handled in the transaction in which the shard's document moves, so an event counts once
   whatever dies when. Nothing is kept in memory that a batch done again could find changed.
 - A batch that fails is taken apart until the event that fails is alone; its neighbours are
-  committed. An error of the storage is nobody's fault: the same batch is tried until it works. Nor
-  is a conflict with a writer who got ahead: the event is handled anew, as often as it takes.
+  committed. An error of the storage is nobody's fault: the same batch is tried until it works, or
+  until the storage has shown that it takes anything but this batch. Nor is a conflict with a writer
+  who got ahead: the event is handled anew, as often as it takes.
 - Stopping cancels the waiting and never the handling; a hard cancellation anywhere causes a batch
   to be done again.
 - What belongs to a parked stream is not handled, and is counted in its document, in the same
@@ -78,6 +79,7 @@ class ShardRun:
         self._attempted: Shard | None = None
         self._saved = monotonic()
         self._pauses = 0
+        self._refusals = 0
         self._stopping = False
         self._waiting: anyio.CancelScope | None = None
         self._scope = anyio.CancelScope()
@@ -124,7 +126,7 @@ class ShardRun:
     async def _follow(self, started: Callable[[], None]) -> None:
         options = evolve(self._projection.filters(), slices=self.shard.slices)
         async with self._store.subscribe(after=self.position, options=options) as subscription:
-            await self._load_parked()
+            self._parked = await self._parked_repository.of(self.shard.slices)
             started()
             while not self._stopping:
                 until = self.shard.until
@@ -142,17 +144,20 @@ class ShardRun:
                     await self._save_skipped()
 
     async def _next(self, subscription: Subscription) -> Sequence[_Read]:
+        """What there is; nothing if it is stopped, or time to save what was passed over."""
         events: Sequence[_Read] = ()
 
         async def read() -> None:
             nonlocal events
             try:
+                if self._pauses:  # the next event may be long in coming
+                    await self._store.last_position()
+                    self._pauses = 0
+                    self._progress.recovered()
                 with anyio.move_on_after(self._unsaved_for()):
                     events = await subscription.next_batch()
             except StorageError as error:
                 await self._back_off(error)
-            else:
-                self._pauses = 0
 
         await self._pause(read)
         return events
@@ -195,14 +200,20 @@ class ShardRun:
             except Exception as error:
                 left.append((part, end))
                 if self._is_of_parked(error):
+                    parking = None
                     await self._load_parked()
-                elif await self._is_of_storage(error):
+                    continue
+                if await self._is_of_storage(error):
                     await self._pause(partial(self._back_off, error))
                     if await self._was_committed():
-                        left.pop()
-                elif not part:
+                        failures, conflicts, parking = 0, {}, None
+                        left[-1:] = self._not_yet(part, end)
+                        continue
+                    if not part or not await self._is_refused():
+                        continue
+                if not part:
                     raise
-                elif len(part) > 1:
+                if len(part) > 1:
                     middle = len(part) // 2
                     left[-1:] = [
                         (part[middle:], end),
@@ -213,7 +224,7 @@ class ShardRun:
                     parking = await self._failed(part[0], error, failures)
                 continue
             failures, conflicts, parking = 0, {}, None
-            self._pauses = 0
+            self._pauses = self._refusals = 0
             if count < len(part):
                 left.append((part[count:], end))
 
@@ -223,6 +234,7 @@ class ShardRun:
         """Handle the first events of a part and commit; how many."""
         parked: dict[str, ParkedStream] = {}
         count = len(part)
+        self._attempted = None
         try:
             async with self._store.transaction() as tx:
                 if parking is None:
@@ -300,13 +312,25 @@ class ShardRun:
     async def _is_of_storage(self, error: Exception) -> bool:
         if isinstance(error, _LeaseLostError):
             raise error
-        if isinstance(error, StorageError):
+        if isinstance(error, StorageError) or getattr(error, "connection_invalidated", False):
             return True
         try:  # SQLAlchemy has many ways to say that a connection is gone
             await self._store.last_position()
         except StorageError:
             return True
         return False
+
+    async def _is_refused(self) -> bool:
+        """Whether the storage does not take this batch again and again, but takes others."""
+        self._refusals += 1
+        if self._refusals < self._projection.attempts or self._stopping:
+            return False
+        try:
+            await self._commit((), self.position)
+        except StorageError:
+            return False
+        self._pauses = 0
+        return True
 
     async def _was_committed(self) -> bool:
         """Whether what was tried last is stored after all."""
@@ -323,6 +347,11 @@ class ShardRun:
                     self._passed(shard.position)
                     return True
         raise _LeaseLostError
+
+    def _not_yet(self, part: Sequence[_Read], end: int) -> list[tuple[Sequence[_Read], int]]:
+        """What is left of a part: a commit may have had only its first events."""
+        rest = [event for event in part if event.position > self.position]
+        return [(rest, end)] if rest else []
 
     async def _failed(self, event: _Read, error: Exception, failures: int) -> ParkedStream | None:
         """What is to be parked, if it was for the last time."""
