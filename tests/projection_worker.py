@@ -1,0 +1,155 @@
+"""Another process that runs a projection: the tests of `test_projection_processes.py` start it.
+
+    python projection_worker.py MODE DATABASE BACKEND ITS_OPTIONS_AS_JSON ARGUMENT...
+
+`DATABASE` is the DSN of a PostgreSQL database or the path of a SQLite file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to be the package `tests`
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from eventsource_anyio import EventStore, PostgreSQLEventStore, SQLiteEventStore
+from eventsource_anyio.projections.coordinator import ProjectionCoordinator
+from eventsource_anyio.projections.members import COLLECTION
+from eventsource_anyio.stores.postgresql import asyncpg_driver
+from eventsource_anyio.stores.sqlite import database as sqlite_database
+from tests.read_models import SQLTotals, append
+
+KILLED = 9
+
+
+def say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())
+
+
+def open_store(database: str) -> EventStore:
+    if database.startswith("postgresql:"):
+        return PostgreSQLEventStore(database)
+    return SQLiteEventStore(database, synchronous="NORMAL")
+
+
+def coordinator_of(store: EventStore, shards: int, lease: float) -> ProjectionCoordinator:
+    settings = {"shards": shards, "batch_size": 20, "retry_after": 0.01}
+    return ProjectionCoordinator(store, [SQLTotals(**settings)], lease=lease)
+
+
+async def project(database: str, shards: str, lease: str, name: str = "worker") -> None:
+    """Run the projection for ever, and say when it has started; end if it ever fails."""
+    if database.startswith("postgresql:"):
+        database += f"{'&' if '?' in database else '?'}application_name={name}"
+    async with open_store(database) as store:
+        coordinator = coordinator_of(store, int(shards), float(lease))
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            say(f"started {os.getpid()}")
+            while True:
+                await coordinator.wait_for(await store.last_position() + 1)
+
+
+class Statements:
+    """Ends the process at its nth statement, if it gets that far, before it is made."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def count(self, *_: object) -> None:
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                os._exit(KILLED)
+
+    def hook(self) -> None:
+        """Into both drivers and SQLAlchemy, which are imported once for all processes."""
+        import asyncpg  # type: ignore[import-untyped]  # noqa: F401
+        import sqlalchemy.dialects.postgresql.asyncpg
+        import sqlalchemy.dialects.sqlite
+        import sqlalchemy.ext.asyncio  # noqa: F401
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
+        for name in ("before_cursor_execute", "commit", "begin", "rollback"):
+            event.listen(Engine, name, self.count)
+        driver: Any = asyncpg_driver._Connection
+        for name in ("fetch", "run"):
+            setattr(driver, name, self._counted(getattr(driver, name)))
+        sqlite: Any = sqlite_database.SQLiteDatabase
+        connect = sqlite.connect
+
+        def traced(*args: Any, **options: Any) -> Any:
+            connection = connect(*args, **options)
+            connection.set_trace_callback(self.count)
+            return connection
+
+        sqlite.connect = traced
+
+    def _counted(self, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+        async def counted(*args: object) -> object:
+            self.count()
+            return await call(*args)
+
+        return counted
+
+
+async def die(database: str, statements: Statements, nth: int) -> None:
+    """Handle some events, and end at the nth statement from when that begins."""
+    async with open_store(database) as store:
+        for one in await store.documents.list(COLLECTION):  # its lease is over, to save the time
+            await store.documents.delete(COLLECTION, one.key)
+        position = await append(store, 2)
+        statements.left = nth
+        coordinator = coordinator_of(store, 1, 60)
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            await coordinator.wait_for(position)
+            coordinator.stop()
+            await coordinator.wait_stopped()
+            statements.left = 0
+            await checkpoint()
+
+
+def die_everywhere(run: Callable[..., object], database: str, nth: int, step: int) -> None:
+    """In one process after another, until one comes to its end; say how many did not.
+
+    At the nth statement, and then a step later each time.
+    """
+    statements = Statements()
+    statements.hook()
+    killed = 0
+    while True:
+        if not (child := os.fork()):
+            code = 1
+            try:
+                run(partial(die, database, statements, nth))
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            say(f"{killed}")
+            return
+        if code != KILLED:
+            sys.exit(f"{nth}: {code}")
+        killed += 1
+        nth += step
+
+
+if __name__ == "__main__":
+    mode, database, backend, options, *arguments = sys.argv[1:]
+    run = partial(anyio.run, backend=backend, backend_options=json.loads(options))
+    if mode == "project":
+        run(partial(project, database, *arguments))
+    else:
+        die_everywhere(run, database, *map(int, arguments))
