@@ -211,8 +211,10 @@ class ProjectionStoppedError(EventSourceError):
     def __init__(self, name: str, version: int) -> None:
         super().__init__(
             f"Projection {name!r}, version {version}, is not running.\n"
-            "  An event failed for the last time (see the cause), or the coordinator is not running.\n"
-            "  Mend the handler and call coordinator.resume(), or await tasks.start(coordinator.run)."
+            "  An event failed for the last time (see the cause), or the coordinator is not "
+            "running.\n"
+            "  Mend the handler and call coordinator.resume(), or await "
+            "tasks.start(coordinator.run)."
         )
         self.name = name
         self.version = version

@@ -91,7 +91,7 @@ class Projection(ABC, Generic[TTransaction]):
         for event in events:
             await self.handle(event, tx)
 
-    async def react(self, event: StoredEvent, tx: TTransaction) -> None:  # noqa: B027
+    async def react(self, event: StoredEvent, tx: TTransaction) -> None:
         """Do what is to be done only once in the life of an event, such as adding a message.
 
         Called after `handle`, in the same transaction, and only in the version that serves: not
@@ -102,7 +102,7 @@ class Projection(ABC, Generic[TTransaction]):
     async def reset(self, tx: TTransaction) -> None:
         """Empty the read model; it is about to be built anew, or dropped."""
 
-    async def take_over(self, tx: TTransaction) -> None:  # noqa: B027
+    async def take_over(self, tx: TTransaction) -> None:
         """Have readers find this version's read model from now on, such as by a view of SQL.
 
         Called in the transaction in which this version begins to serve in place of another one.
@@ -117,8 +117,7 @@ class Projection(ABC, Generic[TTransaction]):
     def filters(self) -> ReadOptions:
         """What it reads of the store."""
         event_types = self.event_types
-        own_handle = type(self).handle is not Projection.handle
-        if not event_types and not own_handle and self._methods:
+        if not event_types and self._methods and not overrides(self, "handle"):
             event_types = names_under(cast("dict[type[DomainEvent], str]", self._methods))
         return ReadOptions(
             event_types=cast("tuple[str, ...]", event_types),  # converted, or refused
@@ -133,9 +132,13 @@ class Projection(ABC, Generic[TTransaction]):
         return None
 
 
+def overrides(projection: Projection[Never], method: str) -> bool:
+    """Whether its class has a method of its own in place of the one of `Projection`."""
+    return getattr(type(projection), method) is not getattr(Projection, method)
+
+
 def reacts(projection: Projection[Never]) -> bool:
-    """Whether its class has a `react` of its own."""
-    return getattr(type(projection), "react") is not getattr(Projection, "react")  # noqa: B009
+    return overrides(projection, "react")
 
 
 def check_projection(projection: Projection[Any]) -> None:

@@ -351,7 +351,7 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
+        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
             yield from _leaves(one)
     else:
         yield error

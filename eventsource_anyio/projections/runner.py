@@ -1,7 +1,7 @@
 """One version of a projection in one coordinator: which shards it runs, and where they all stand.
 
-- The live coordinators that run a projection share its shards evenly, each knowing its part from the
-  same list: none has to be told.
+- The live coordinators that run a projection share its shards evenly, each knowing its part from
+  the same list: none has to be told.
 - A shard is taken where it has no owner, or one that is dead, and given back where there are others
   who have too few.
 """

@@ -28,7 +28,7 @@ from attrs import evolve
 from ..errors import ConcurrencyError, DocumentConflictError, EventDecodeError, StorageError
 from ..events import StoredEvent
 from ..stores.interface import EventStore, Subscription, Transaction
-from .base import Projection
+from .base import Projection, overrides, reacts
 from .parked import ParkedRepository, ParkedStream, parked_at
 from .progress import Progress
 from .shards import Shard, ShardRepository
@@ -73,8 +73,8 @@ class ShardRun:
         self._parked_repository = parked
         self._parked: dict[str, ParkedStream] = {}
         self._progress = progress
-        self._reacts = serving and type(projection).react is not Projection.react
-        self._batched = type(projection).handle_batch is not Projection.handle_batch
+        self._reacts = serving and reacts(projection)
+        self._batched = overrides(projection, "handle_batch")
         self._ended = ended
         self._attempted: Shard | None = None
         self._saved = monotonic()
@@ -112,8 +112,7 @@ class ShardRun:
                 except _LeaseLostError:
                     _logger.info("%s: shard %s has another owner", self._name, self.shard.key)
                 except _GaveUpError as given_up:
-                    assert given_up.__cause__ is not None
-                    self._progress.give_up(given_up.__cause__)
+                    self._progress.give_up(given_up.__cause__ or given_up)
                     await self._release()
         finally:
             self._ended(self)

@@ -1,4 +1,4 @@
-"""Where a projection stands: a document for each of its shards, which is lease and checkpoint in one.
+"""Where a projection stands: a document a shard, which is lease and checkpoint in one.
 
 - The shards of a version of a projection are ranges of slices that cover all of them.
 - A shard's document is written by its owner, in the transaction of each batch, and always where it
@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import cast
 from uuid import UUID
 
@@ -49,7 +50,7 @@ class Shard:
 def ranges(count: int) -> list[tuple[int, int]]:
     """That many ranges of slices, as equal as they can be."""
     starts = [number * SLICES // count for number in range(count + 1)]
-    return [(start, end - 1) for start, end in zip(starts, starts[1:], strict=False)]
+    return [(start, end - 1) for start, end in pairwise(starts)]
 
 
 class ShardRepository:
@@ -117,7 +118,7 @@ class ShardRepository:
 
 def _joinable(shards: Sequence[Shard]) -> bool:
     """Whether they are one range, and stand at one position."""
-    adjacent = all(a.last + 1 == b.first for a, b in zip(shards, shards[1:], strict=False))
+    adjacent = all(a.last + 1 == b.first for a, b in pairwise(shards))
     stand = {(one.position, max(one.quiet, one.position), one.until) for one in shards}
     return adjacent and len(stand) == 1
 

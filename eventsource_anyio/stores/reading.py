@@ -158,7 +158,7 @@ class Subscription(_PageReader):
         await cancel_shielded_checkpoint()
 
     async def next_batch(self) -> Sequence[Read]:
-        """The events there are, at most `batch_size`; one that cannot be read is there as its error.
+        """The events there are, at most `batch_size`; one that cannot be read comes as its error.
 
         Waits until there is one, or until `position` has moved over what was filtered out: then
         there may be none. After it, `position` is behind all of them.

@@ -17,7 +17,6 @@ from ..repositories.document import (
     decode_document,
 )
 
-
 ByKey: TypeAlias = Callable[[str, Sequence[str]], Awaitable[Sequence[Document]]]
 After: TypeAlias = Callable[[str, str, int], Awaitable[Sequence[Document]]]
 
