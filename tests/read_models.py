@@ -192,9 +192,9 @@ async def running(*coordinators: ProjectionCoordinator) -> AsyncIterator[TaskGro
                 coordinator.stop()
 
 
-async def until(condition: Callable[[], Awaitable[object] | object]) -> None:
+async def until(condition: Callable[[], Awaitable[object] | object], seconds: float = 30) -> None:
     """Return once something is so, of which nobody tells."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(seconds):
         while True:
             result = condition()
             if await result if isinstance(result, Awaitable) else result:

@@ -129,18 +129,29 @@ async def test_stopping_finishes_the_batch_and_gives_back_what_it_had(store: Eve
 async def test_it_is_stopped_when_nothing_of_it_is_left(store: EventStore):
     coordinator = ProjectionCoordinator(store, [Seen()])
     await coordinator.wait_stopped()
-    left: list[list[str]] = []
+    returned = False
+    ended: list[bool] = []
+
+    async def run(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+        nonlocal returned
+        await coordinator.run(task_status=task_status)
+        returned = True
 
     async def wait() -> None:
         await coordinator.wait_stopped()
-        left.append(await coordinators(store))
+        ended.append(returned)
 
-    async with running(coordinator) as tasks:
-        coordinator.stop()
-        for _ in range(100):  # some of them while it is leaving
-            tasks.start_soon(wait)
-            await checkpoint()
-    assert left == [[]] * 100
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(run)
+            coordinator.stop()
+            while coordinator.statistics()[0].shards_here:
+                await checkpoint()
+            for _ in range(100):  # some of them while it is leaving
+                tasks.start_soon(wait)
+                await checkpoint()
+    assert ended == [True] * 100
+    assert await coordinators(store) == []
 
 
 async def test_what_is_finished_for_longer_than_the_lease_is_not_taken_over(store: EventStore):

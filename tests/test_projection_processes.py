@@ -1,6 +1,6 @@
 """Several processes share one projection; real ones, killed and paused at any moment.
 
-For longer: EVENTSOURCE_STRESS_SECONDS=60 pytest tests/test_projection_processes.py
+For longer: EVENTSOURCE_STRESS_SECONDS=60 pytest --timeout=400 tests/test_projection_processes.py
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ async def handled_all(store: EventStore) -> None:
     async def reached() -> bool:
         return await position_of(store) >= last
 
-    await until(reached)
+    await until(reached, 30 + 2 * SECONDS)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
@@ -132,7 +132,7 @@ async def test_processes_that_are_killed_at_random_miss_nothing_and_double_nothi
             await anyio.sleep(0.005)
 
     await create_tables(store)
-    with anyio.fail_after(SECONDS + 60):
+    with anyio.fail_after(60 + 4 * SECONDS):
         async with AsyncExitStack() as stack:
             workers: list[Worker] = []
 
