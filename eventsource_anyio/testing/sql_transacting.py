@@ -109,7 +109,8 @@ class SQLTransactContract:
             # Inside the block everybody sees what is stored.
             assert await tx.checkpoints.get("reader") == 0
             assert await content(store, "reader") == ([], [0], [])
-            assert await tx.documents.list("c") == []
+            assert await store.documents.list("c") == []
+            assert [one.key for one in await tx.documents.list("c")] == ["a", "b", "d"]
         assert [result.version for result in tx.results] == [1]
         assert await content(store, "reader") == (["a"], [1], ["new"])
         found = await store.documents.list("c")

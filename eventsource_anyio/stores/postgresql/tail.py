@@ -47,6 +47,7 @@ class Tail:
         self._watched = False
         self._watching: anyio.CancelScope | None = None
         self._listening: Connection | None = None
+        self._connecting: tuple[anyio.CancelScope, anyio.Event] | None = None
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
         self._stirred = -inf  # when there was something to look for
@@ -94,6 +95,10 @@ class Tail:
         self._closed = True
         listening, self._listening = self._listening, None
         self.look()
+        if self._connecting is not None:  # what makes connections is closed next
+            scope, connected = self._connecting
+            scope.cancel()
+            await connected.wait()
         if listening is not None:
             await listening.close()
 
@@ -137,6 +142,17 @@ class Tail:
             self._drop()
         if monotonic() < self._retry_at:
             return None
+        connected = anyio.Event()
+        try:
+            with anyio.CancelScope() as scope:
+                self._connecting = scope, connected
+                await self._connect()
+        finally:
+            self._connecting = None
+            connected.set()
+        return self._listening
+
+    async def _connect(self) -> None:
         connection: Connection | None = None
         try:
             connection = await self._driver.connect()
@@ -146,17 +162,16 @@ class Tail:
             self._retry_after = min(2 * self._retry_after, _LONGEST_RETRY)
             if connection is not None:
                 connection.abandon()
-            return None
         except BaseException:
             if connection is not None:
                 connection.abandon()
             raise
-        if self._closed:  # meanwhile
-            await connection.close()
-            return None
-        self._listening = connection
-        self._retry_after = _FIRST_RETRY
-        return connection
+        else:
+            if self._closed:  # meanwhile
+                await connection.close()
+            else:
+                self._listening = connection
+                self._retry_after = _FIRST_RETRY
 
     def _drop(self) -> None:
         if self._listening is not None:
