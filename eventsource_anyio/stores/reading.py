@@ -166,7 +166,8 @@ class Subscription(_PageReader):
         with self._guard:
             before = self.position
             while self._index >= len(self._events) and self.position == before:
-                await self._turn()
+                if await self._look() and self.position == before:
+                    await self._wait(before)
         events = self._events[self._index :]
         self._index = len(self._events)
         if events:
@@ -174,6 +175,11 @@ class Subscription(_PageReader):
         return events
 
     async def _turn(self) -> None:
+        if await self._look():
+            await self._wait(self.position)
+
+    async def _look(self) -> bool:
+        """Get the next page; whether there is nothing in it, and nothing more to look for."""
         if not self._open:
             raise RuntimeError(
                 "a subscription is read inside its block: "
@@ -182,11 +188,10 @@ class Subscription(_PageReader):
         page = await self._read(self._request)
         self._events, self._index = page.events, 0
         self._request = replace(self._request, start=page.resume)
-        if not page.events:
-            moved = page.resume - 1 > self.position
-            self.position = max(self.position, page.resume - 1)
-            if page.at_end and not moved:
-                await self._wait(page.resume - 1)
+        if page.events:
+            return False
+        self.position = max(self.position, page.resume - 1)
+        return page.at_end
 
     def _passed(self, event: Read) -> None:
         last = self._index == len(self._events)
