@@ -3,6 +3,7 @@
 from .aggregates.decider import Decider, DeciderAggregate
 from .aggregates.repository import AggregateRepository
 from .aggregates.root import AggregateRoot, applies
+from .bus.in_memory import InMemoryEventBus
 from .bus.interface import EventBus
 from .errors import (
     AggregateNotFoundError,
@@ -62,6 +63,7 @@ __all__ = [
     "EventSourceError",
     "EventStore",
     "EventStream",
+    "InMemoryEventBus",
     "InMemoryEventStore",
     "NewEvent",
     "OutboxMessage",

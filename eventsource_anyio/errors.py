@@ -218,3 +218,42 @@ class ProjectionStoppedError(EventSourceError):
         )
         self.name = name
         self.version = version
+
+
+class PublishError(EventSourceError):
+    """Handlers have failed. All the others have had the events.
+
+    `errors` are what they raised, each with a note that names the handler and the event. The first
+    one is the cause.
+    """
+
+    def __init__(self, errors: Sequence[Exception]) -> None:
+        told = [", ".join((repr(error), *getattr(error, "__notes__", ()))) for error in errors[:10]]
+        if len(errors) > len(told):
+            told.append(f"and {len(errors) - len(told)} more")
+        what = "A handler has failed" if len(errors) == 1 else "Handlers have failed"
+        lines = "\n".join(f"  {line}" for line in told)
+        super().__init__(
+            f"{what} that the events were published to:\n"
+            f"{lines}\n"
+            "  The events are stored and published; do not publish them again. Mend the handler, "
+            "or give the bus on_failure=…, which is then told in place of the publisher."
+        )
+        self.errors = tuple(errors)
+
+
+class FellBehindError(EventSourceError):
+    """A receiver of a bus was too slow, and events that it was to have are gone.
+
+    In the store they are after the position `after`, up to `until`.
+    """
+
+    def __init__(self, after: int, until: int) -> None:
+        super().__init__(
+            f"This receiver has missed events between the positions {after + 1} and {until}.\n"
+            "  It was too slow: a bus keeps a bounded number of events, and waits for nobody.\n"
+            f"  Read them by store.subscribe(after={after}) until its position is {until}, or "
+            "subscribe with catch_up=store, which does so. Then go on receiving."
+        )
+        self.after = after
+        self.until = until

@@ -26,7 +26,6 @@ from eventsource_anyio import (
     DeciderAggregate,
     DomainEvent,
     DuplicateEventError,
-    EventBus,
     EventEncodeError,
     EventStore,
     NewEvent,
@@ -743,10 +742,11 @@ async def test_a_command_with_an_event_id_of_its_own_may_be_repeated(store, purs
 # -- the bus ----------------------------------------------------------------------------------
 
 
-class RecordingBus(EventBus):
+class RecordingBus(InMemoryEventBus):
     """Keeps what is published to it, with what the store had at that time; fails on demand."""
 
     def __init__(self, store: EventStore, failure: Exception | None = None) -> None:
+        super().__init__()
         self.published: list[tuple[StoredEvent, ...]] = []
         self.stored: list[int] = []
         self._store = store

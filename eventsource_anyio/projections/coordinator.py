@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Never, cast
 
@@ -19,6 +19,7 @@ from anyio.lowlevel import checkpoint
 
 from ..cleanup import shielded_cleanup
 from ..errors import ProjectionStoppedError, StorageError, StoreClosedError
+from ..exception_groups import only_error
 from ..stores.interface import AppendResult, EventStore, Transaction
 from .base import Projection, check_projection
 from .members import Members
@@ -86,7 +87,7 @@ class ProjectionCoordinator:
         try:
             await self._run(members, task_status)
         except BaseExceptionGroup as group:
-            raise _only(group) from None
+            raise only_error(group) from None
         finally:
             try:
                 with shielded_cleanup():
@@ -339,19 +340,3 @@ class ProjectionCoordinator:
             f"  This coordinator was given: {given}.\n"
             "  Give it the projection of that version too, or name one of these by version=…"
         )
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error of a group that holds but one, however deep; a store closed under several
-    tasks is one."""
-    errors = list(_leaves(group))
-    closed = all(isinstance(error, StoreClosedError) for error in errors)
-    return errors[0] if closed or len(errors) == 1 else group
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            yield from _leaves(one)
-    else:
-        yield error

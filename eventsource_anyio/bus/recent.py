@@ -1,0 +1,29 @@
+"""What was seen lately, to drop repetitions of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from uuid import UUID
+
+
+class RecentIds:
+    """The last `size` ids that were added."""
+
+    __slots__ = ("_ids", "_order")
+
+    def __init__(self, size: int) -> None:
+        self._order: deque[UUID] = deque(maxlen=size)
+        self._ids: set[UUID] = set()
+
+    def __contains__(self, event_id: UUID) -> bool:
+        return event_id in self._ids
+
+    def add(self, event_id: UUID) -> bool:
+        """Whether it is new."""
+        if event_id in self._ids:
+            return False
+        if len(self._order) == self._order.maxlen:
+            self._ids.discard(self._order[0])
+        self._order.append(event_id)
+        self._ids.add(event_id)
+        return True
