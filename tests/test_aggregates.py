@@ -28,6 +28,7 @@ from eventsource_anyio import (
     DuplicateEventError,
     EventEncodeError,
     EventStore,
+    InMemoryEventBus,
     NewEvent,
     StoredEvent,
     applies,

@@ -51,7 +51,7 @@ class Broker(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Connect, and make what is missing on the other side. `StorageError` says what is wrong."""
+        """Connect, and make what is missing there. `StorageError` says what is wrong."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -54,6 +54,7 @@ class InMemoryEventBus(EventBus):
         self._order = anyio.Lock(fast_acquire=True)
         self._here = anyio.Lock(fast_acquire=True)
         self._running = False  # new deliveries are for run()
+        self._stop = anyio.Event()
         self._stopped: anyio.Event | None = None
 
     async def publish(self, events: Sequence[StoredEvent], background: bool = False) -> None:
@@ -75,6 +76,7 @@ class InMemoryEventBus(EventBus):
                 async with self._order:
                     while not self._has_room(len(chunk)):
                         await self._ring.wait_for_room()
+                        self._check_running(background)
                     self._check_running(background)
                     self._give_out(chunk, receipt)
             if outer is None and receipt is not None and not self._running:
@@ -105,30 +107,33 @@ class InMemoryEventBus(EventBus):
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         if self._stopped is not None:
             raise RuntimeError("this bus is running already")
-        self._stopped, self._running = anyio.Event(), True
+        self._running = True
+        self._stop, self._stopped = anyio.Event(), anyio.Event()
+        done = False
         try:
             async with self._here:  # until those who began without it are done
                 async with anyio.create_task_group() as tasks:
                     for handler in self._handlers:
                         tasks.start_soon(self._run, handler)
                     task_status.started()
-        except BaseException as error:
-            self._running = False
-            for handler in self._handlers:
-                handler.give_up()
-            if isinstance(error, BaseExceptionGroup):
-                raise only_error(error) from None
-            raise
+                    await self._stop.wait()
+            done = True
+        except BaseExceptionGroup as group:
+            raise only_error(group) from None
         finally:
             self._running = False
-            self._ring.make_room()
+            if not done:
+                for handler in self._handlers:
+                    handler.give_up()
             self._stopped.set()
             self._stopped = None
 
     def stop(self) -> None:
         self._running = False
+        self._stop.set()
         for handler in self._handlers:
             handler.wake()
+        self._ring.make_room()  # who waits in the background looks again, and is refused
 
     async def wait_stopped(self) -> None:
         if self._stopped is None:
