@@ -142,6 +142,7 @@ class InMemoryEventBus(EventBus):
             await self._stopped.wait()
 
     def statistics(self) -> InMemoryBusStatistics:
+        """What it has done, and has to do."""
         queued = sum(len(handler.queue) for handler in self._handlers)
         streams, handlers = len(self._ring.streams), len(self._handlers)
         return InMemoryBusStatistics(self._published, streams, handlers, queued)
