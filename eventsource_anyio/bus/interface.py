@@ -71,7 +71,7 @@ class EventBus(ABC):
     @abstractmethod
     def subscribe(
         self, *event_types: str | type[DomainEvent], catch_up: EventStore | None = None
-    ) -> AbstractAsyncContextManager[ObjectReceiveStream[StoredEvent]]:
+    ) -> AbstractAsyncContextManager[ObjectReceiveStream[StoredEvent], None]:
         """A bounded stream of the events that are published from now on; types as in `register`.
 
         A receiver that is too slow for it never holds up a publisher. With `catch_up`, it is given

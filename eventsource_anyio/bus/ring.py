@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Self
 
@@ -21,7 +22,6 @@ from ..errors import EventDecodeError, FellBehindError
 from ..events import StoredEvent
 from ..stores.interface import EventStore, ReadOptions, Subscription
 from .filtering import EventFilter
-from .recent import RecentIds
 
 _TAKEN_AT_ONCE = 256
 
@@ -119,10 +119,14 @@ class RingStream(ObjectReceiveStream[StoredEvent]):
         self._guard = anyio.ResourceGuard("receiving from")
         self._batch: Sequence[StoredEvent | EventDecodeError] = ()
         self._index = 0
-        self._missed: tuple[int, int] | None = None  # the first and the last position
+        # Positions, ends included: what was missed, and what was read in the store instead.
+        self._missed: tuple[int, int] | None = None
+        self._read = (0, -1)
         self._reading: Subscription | None = None
         self._until = 0
-        self._read_already: RecentIds | None = None
+        # What the ring has given lately, since the store is in another order than publishers are.
+        self._given: deque[Sequence[StoredEvent]] = deque()
+        self._seen = frozenset[int]()
 
     async def __aenter__(self) -> Self:
         await checkpoint()
@@ -147,10 +151,15 @@ class RingStream(ObjectReceiveStream[StoredEvent]):
     def lose(self, events: Sequence[StoredEvent]) -> None:
         """These leave the ring, and the stream has not got to them."""
         self.place += len(events)
-        positions = [one.position for one in events if self._filter.wants(one)]
-        if positions:
-            first, last = self._missed or (positions[0], 0)
-            self._missed = (min(first, *positions), max(last, *positions))
+        for event in events:
+            position = event.position
+            if not self._filter.wants(event) or self._has_read(position):
+                continue
+            if self._reading is not None and position > self._read[1]:
+                self._until = max(self._until, position)
+            else:
+                first, last = self._missed or (position, position)
+                self._missed = (min(first, position), max(last, position))
 
     async def _turn(self) -> None:
         """Have something to hand out."""
@@ -174,27 +183,38 @@ class RingStream(ObjectReceiveStream[StoredEvent]):
         events = self._ring.take(self.place)
         self.place += len(events)
         self._ring.make_room()
-        read_already = self._read_already
-        if read_already is not None:
-            events = [one for one in events if one.event_id not in read_already]
+        if self._read[1] > 0:
+            events = [one for one in events if not self._has_read(one.position)]
         wants = self._filter.wants
         self._batch = events if self._filter.everything else [one for one in events if wants(one)]
+        if self._catch_up is not None and self._batch:
+            self._given.append(events)
+            if sum(map(len, self._given)) - len(self._given[0]) >= self._ring.size:
+                self._given.popleft()
+
+    def _has_read(self, position: int) -> bool:
+        """Whether it is among what was read in the store, so that it does not come again."""
+        first, last = self._read
+        return first <= position <= last
 
     async def _begin_reading(self, first: int, last: int) -> None:
         if self._catch_up is None:
             self._missed = None
             raise FellBehindError(first - 1, last)
+        after = first - 1
         options = ReadOptions(event_types=self._filter.names())
-        reading = await self._catch_up.subscribe(after=first - 1, options=options).__aenter__()
+        reading = await self._catch_up.subscribe(after=after, options=options).__aenter__()
         if self._missed is not None and self._missed[0] == first:  # else it grew meanwhile
             self._until, self._missed, self._reading = self._missed[1], None, reading
+            self._read = (first, after)
+            self._seen = frozenset(one.position for batch in self._given for one in batch)
 
     async def _read_on(self, reading: Subscription) -> None:
-        self._batch = await reading.next_batch()
-        if self._read_already is None:
-            self._read_already = RecentIds(2 * self._ring.size)
-        for one in self._batch:
-            if isinstance(one, StoredEvent):
-                self._read_already.add(one.event_id)
+        events = await reading.next_batch()
+        seen = self._seen
+        self._batch = [
+            one for one in events if isinstance(one, EventDecodeError) or one.position not in seen
+        ]
+        self._read = (self._read[0], reading.position)
         if reading.position >= self._until:
             self._reading = None
