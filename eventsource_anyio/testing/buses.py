@@ -165,8 +165,8 @@ class EventBusContract:
                 received = await receive(stream, 240)
             await seen.wait_for(240)
             bus.stop()
-        assert by_stream(received) == by_stream(seen.events)
-        assert by_stream(received) == {f"Thing-{one}": list(range(1, 31)) for one in range(8)}
+            assert by_stream(received) == by_stream(seen.events)
+            assert by_stream(received) == {f"Thing-{one}": list(range(1, 31)) for one in range(8)}
 
     async def test_what_is_published_again_is_dropped(
         self, bus: EventBus, event_store: EventStore
