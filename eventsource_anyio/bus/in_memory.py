@@ -19,6 +19,10 @@ from .interface import EventBus, EventHandler, FailurePolicy
 from .recent import RecentIds
 from .ring import Ring, RingStream
 
+# A turn of the loop costs several times what publishing an event does, so publishers who need not
+# wait take one only so often; a cancellation is seen each time.
+_EVENTS_A_TURN = 16
+
 
 @frozen
 class InMemoryBusStatistics:
@@ -51,6 +55,7 @@ class InMemoryEventBus(EventBus):
         self._handlers: list[Handler] = []
         self._recent = RecentIds(buffer)
         self._published = 0
+        self._since_turn = 0
         self._order = anyio.Lock(fast_acquire=True)
         self._here = anyio.Lock(fast_acquire=True)
         self._running = False  # new deliveries are for run()
@@ -81,12 +86,14 @@ class InMemoryEventBus(EventBus):
                     self._give_out(chunk, receipt)
             if outer is None and receipt is not None and not self._running:
                 await self._handle_here(receipt)
-        if outer is None and receipt is not None and receipt.left:
-            await receipt.wait()
-        else:
-            await cancel_shielded_checkpoint()
         if outer is None and receipt is not None:
+            if receipt.left:
+                self._since_turn = 0
+                await receipt.wait()
             receipt.check()
+        if self._since_turn >= _EVENTS_A_TURN or not events:
+            self._since_turn = 0
+            await cancel_shielded_checkpoint()
 
     def register(self, handler: EventHandler, *event_types: str | type[DomainEvent]) -> None:
         if self._stopped is not None:
@@ -158,6 +165,7 @@ class InMemoryEventBus(EventBus):
         """Synchronous, so that all have the events in one order, and nobody a part of them."""
         new = [one for one in events if self._recent.add(one.event_id)]
         self._published += len(new)
+        self._since_turn += len(new)
         self._ring.publish(new)
         for handler in self._handlers:
             handler.add(new, receipt)

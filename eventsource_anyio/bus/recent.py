@@ -12,18 +12,20 @@ class RecentIds:
     __slots__ = ("_ids", "_order")
 
     def __init__(self, size: int) -> None:
-        self._order: deque[UUID] = deque(maxlen=size)
-        self._ids: set[UUID] = set()
+        # As numbers: a UUID's hash is computed in Python, each time.
+        self._order: deque[int] = deque(maxlen=size)
+        self._ids: set[int] = set()
 
     def __contains__(self, event_id: UUID) -> bool:
-        return event_id in self._ids
+        return event_id.int in self._ids
 
     def add(self, event_id: UUID) -> bool:
         """Whether it is new."""
-        if event_id in self._ids:
+        number = event_id.int
+        if number in self._ids:
             return False
         if len(self._order) == self._order.maxlen:
             self._ids.discard(self._order[0])
-        self._order.append(event_id)
-        self._ids.add(event_id)
+        self._order.append(number)
+        self._ids.add(number)
         return True

@@ -23,8 +23,6 @@ from ..events import StoredEvent
 from ..stores.interface import EventStore, ReadOptions, Subscription
 from .filtering import EventFilter
 
-_TAKEN_AT_ONCE = 256
-
 
 class Ring:
     """At least the last `size` events, and at most twice as many."""
@@ -56,9 +54,8 @@ class Ring:
         self._wake_up()
 
     def take(self, start: int) -> Sequence[StoredEvent]:
-        """Some of the events from there on; none if there are none yet."""
-        index = start - self.first
-        return self._events[index : index + min(_TAKEN_AT_ONCE, self.size)]
+        """The events from there on; none if there are none yet."""
+        return self._events[start - self.first :]
 
     async def wait(self) -> bool:
         """Wait until there is more; whether there will ever be."""
@@ -134,9 +131,20 @@ class RingStream(ObjectReceiveStream[StoredEvent]):
         self._ring.streams.add(self)
         return self
 
+    async def __anext__(self) -> StoredEvent:
+        try:
+            if self._index >= len(self._batch):
+                await self._turn()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+        return self._next()
+
     async def receive(self) -> StoredEvent:
         if self._index >= len(self._batch):
             await self._turn()
+        return self._next()
+
+    def _next(self) -> StoredEvent:
         stored = self._batch[self._index]
         self._index += 1
         if isinstance(stored, EventDecodeError):
