@@ -155,11 +155,8 @@ class InMemoryEventBus(EventBus):
         return InMemoryBusStatistics(self._published, streams, handlers, queued)
 
     def _has_room(self, count: int) -> bool:
-        # An empty queue takes more than it is to hold, else that could never be published.
-        limit = self._buffer - count
-        return all(len(one.queue) <= max(limit, 0) for one in self._handlers) and (
-            self._ring.has_room(count)
-        )
+        queues = all(len(one.queue) + count <= self._buffer for one in self._handlers)
+        return queues and self._ring.has_room(count)
 
     def _give_out(self, events: Sequence[StoredEvent], receipt: Receipt | None) -> None:
         """Synchronous, so that all have the events in one order, and nobody a part of them."""
