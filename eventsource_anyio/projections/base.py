@@ -50,6 +50,8 @@ class Projection(ABC, Generic[TTransaction]):
 
     - `event_types` (classes or names) and `aggregate_types` filter; with `@handles` methods the
       former follow from these. What is filtered out costs next to nothing.
+    - `after`: the position behind which it begins when it is run for the first time, or `"now"` for
+      what is appended from then on. A rebuild begins at the beginning.
     - `shards`: in how many ranges of the 1,024 slices it is run.
     - One transaction has up to `batch_size` events, and no further one once `batch_seconds` are
       over.
@@ -63,6 +65,7 @@ class Projection(ABC, Generic[TTransaction]):
     version: int = 1
     event_types: Sequence[str | type[DomainEvent]] = ()
     aggregate_types: Sequence[str] = ()
+    after: int | Literal["now"] = 0
     shards: int = 1
     batch_size: int = 500
     batch_seconds: float = 1.0
@@ -114,6 +117,14 @@ class Projection(ABC, Generic[TTransaction]):
         An error that comes out of it ends `ProjectionCoordinator.run`.
         """
 
+    def is_outage(self, error: Exception) -> bool:
+        """Whether an error that came out of it is no event's fault: all would fail alike.
+
+        Then it is no attempt, and nothing is set aside: the same events are handled again, after
+        pauses of up to five seconds, until that works. None is, unless this is overridden.
+        """
+        return False
+
     def filters(self) -> ReadOptions:
         """What it reads of the store."""
         event_types = self.event_types
@@ -160,6 +171,9 @@ def check_projection(projection: Projection[Any]) -> None:
             raise ValueError(
                 f"{kind}.{what} must be a number from {lowest} to {highest}, not {value!r}"
             )
+    after: object = projection.after
+    if after != "now" and (isinstance(after, bool) or not isinstance(after, int) or after < 0):
+        raise ValueError(f"{kind}.after must be a position from 0, or 'now', not {after!r}")
     for what in ("batch_seconds", "retry_after"):
         if not getattr(projection, what) > 0:
             raise ValueError(

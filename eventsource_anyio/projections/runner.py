@@ -69,7 +69,10 @@ class Runner:
     ) -> None:
         await self._read(oldest)
         if not self._known and not self.dropped:
-            await self.shards.create(self.projection.shards)
+            after = self.projection.after
+            if after == "now":
+                after = await self._store.last_position()
+            await self.shards.create(self.projection.shards, after=after)
             await self._look(me, live, tasks, oldest)
             return
         if me != self._owned_by:  # what ran under another id has been taken away

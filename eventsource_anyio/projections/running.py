@@ -202,13 +202,14 @@ class ShardRun:
                     parking = None
                     await self._load_parked()
                     continue
-                if await self._is_of_storage(error):
+                outage = self._is_outage(error)
+                if outage or await self._is_of_storage(error):
                     await self._pause(partial(self._back_off, error))
                     if await self._was_committed():
                         failures, conflicts, parking = 0, {}, None
                         left[-1:] = self._not_yet(part, end)
                         continue
-                    if not part or not await self._is_refused():
+                    if not part or outage or not await self._is_refused():
                         continue
                 if not part:
                     raise
@@ -307,6 +308,10 @@ class ShardRun:
             isinstance(error, DocumentConflictError)
             and error.collection == self._parked_repository.collection
         )
+
+    def _is_outage(self, error: Exception) -> bool:
+        ours = isinstance(error, _LeaseLostError | EventDecodeError)
+        return not ours and self._projection.is_outage(error)
 
     async def _is_of_storage(self, error: Exception) -> bool:
         if isinstance(error, _LeaseLostError):

@@ -66,11 +66,11 @@ class ShardRepository:
             _shard(one) for one in await self._store.documents.list(self.collection, limit=SLICES)
         ]
 
-    async def create(self, count: int) -> None:
-        """From the beginning; `DocumentConflictError` if somebody else has."""
+    async def create(self, count: int, *, after: int = 0) -> None:
+        """To begin behind a position; `DocumentConflictError` if somebody else has."""
         async with self._store.transaction() as tx:
             for first, last in ranges(count):
-                await self.add(tx.documents, Shard(first, last))
+                await self.add(tx.documents, Shard(first, last, after))
 
     async def add(self, documents: DocumentRepository, shard: Shard) -> None:
         await documents.add(self.collection, shard.key, _value(shard))

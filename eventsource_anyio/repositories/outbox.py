@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID
 
+import anyio
 import attrs
 from anyio.lowlevel import checkpoint
 from msgspec import DecodeError, Struct
@@ -85,29 +86,71 @@ class RemoveMessages(Struct, frozen=True, gc=False):
 OutboxStep: TypeAlias = AddMessages | RemoveMessages
 
 
+class OutboxHint:
+    """Tells who waits, on one event loop, that the same store object has added messages.
+
+    It may be lost, and knows nothing of other processes: so nobody waits for it alone. `count` is
+    read before looking, and waited for after.
+    """
+
+    __slots__ = ("_waiting", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiting: set[anyio.Event] = set()
+
+    def wake(self) -> None:
+        self.count += 1
+        for event in self._waiting:
+            event.set()
+
+    async def wait(self, count: int) -> None:
+        """Return once it is beyond this."""
+        if self.count > count:
+            await checkpoint()
+            return
+        event = anyio.Event()
+        self._waiting.add(event)
+        try:
+            await event.wait()
+        finally:
+            self._waiting.discard(event)
+
+
 class OutboxRepository:
     """Messages that are stored, and not known to be delivered."""
 
-    __slots__ = ("_read", "_write")
+    __slots__ = ("_read", "_write", "hint")
 
     def __init__(
         self,
-        read: Callable[[int], Awaitable[Sequence[StoredMessage]]],
+        read: Callable[[int, int], Awaitable[Sequence[StoredMessage]]],
         write: Callable[[Sequence[OutboxStep]], Awaitable[object]],
+        hint: OutboxHint,
     ) -> None:
         self._read = read
         self._write = write
+        self.hint = hint
 
     async def add(self, *messages: OutboxMessage) -> None:
         """Store them, all or none. One whose id is pending already changes nothing."""
         encoded = [_encode(message) for message in messages]
-        await (self._write((AddMessages(encoded),)) if encoded else checkpoint())
+        if encoded:
+            await self._write((AddMessages(encoded),))
+            self.hint.wake()
+        else:
+            await checkpoint()
 
-    async def pending(self, limit: int = 100) -> Sequence[StoredMessage]:
-        """Those that were not delivered yet, the oldest first."""
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"limit must be a number from 1, not {limit!r}")
-        return await self._read(min(limit, _LARGEST))
+    async def pending(self, limit: int = 100, *, after: int = 0) -> Sequence[StoredMessage]:
+        """Those that were not delivered yet, the oldest first.
+
+        With `after` those behind that position, to page on. It is no checkpoint: what was added by
+        a slower transaction may turn up before it.
+        """
+        for what, value, least in (("limit", limit, 1), ("after", after, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{what} must be a number from {least}, not {value!r}")
+        return await self._read(min(limit, _LARGEST), min(after, _LARGEST))
 
     async def delivered(self, message_ids: Iterable[UUID]) -> None:
         """Take them out. Ids that are not there are ignored, so it may be said again."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from heapq import nsmallest
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import TypeAlias
 from uuid import UUID
 
@@ -319,7 +319,7 @@ class InMemoryEventStore(EventStore):
         self._opened()
         return self._checkpoints.get(name, 0)
 
-    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
+    async def _pending(self, limit: int, after: int) -> Sequence[StoredMessage]:
         await checkpoint()
         self._opened()
         return [
@@ -332,7 +332,9 @@ class InMemoryEventStore(EventStore):
                 position,
                 recorded_at,
             )
-            for message, position, recorded_at in islice(self._outbox.values(), limit)
+            for message, position, recorded_at in islice(
+                dropwhile(lambda one: one[1] <= after, self._outbox.values()), limit
+            )
         ]
 
     async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:

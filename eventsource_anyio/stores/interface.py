@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import cached_property
 from types import TracebackType
 from typing import Final, Self, overload
 
@@ -47,6 +48,7 @@ from ..repositories.document import (
 )
 from ..repositories.outbox import (
     AddMessages,
+    OutboxHint,
     OutboxRepository,
     RemoveMessages,
     StoredMessage,
@@ -237,8 +239,16 @@ class EventStore(ABC):
 
     def _look_ups(self) -> LookUps:
         return LookUps(
-            self._checkpoint, self._pending, self._documents_by_key, self._documents_after
+            self._checkpoint,
+            self._pending,
+            self._documents_by_key,
+            self._documents_after,
+            self._outbox_hint,
         )
+
+    @cached_property
+    def _outbox_hint(self) -> OutboxHint:
+        return OutboxHint()
 
     @property
     def checkpoints(self) -> CheckpointRepository:
@@ -248,7 +258,7 @@ class EventStore(ABC):
     @property
     def outbox(self) -> OutboxRepository:
         """The messages that wait to be delivered; it holds nothing, and needs no keeping."""
-        return OutboxRepository(self._pending, self._write)
+        return OutboxRepository(self._pending, self._write, self._outbox_hint)
 
     @property
     def documents(self) -> DocumentRepository:
@@ -382,8 +392,8 @@ class EventStore(ABC):
         """Where a checkpoint is; 0 if it was never saved."""
 
     @abstractmethod
-    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
-        """The first messages of the outbox by position, made by `decode_message`."""
+    async def _pending(self, limit: int, after: int) -> Sequence[StoredMessage]:
+        """The first messages of the outbox after a position, in order, by `decode_message`."""
 
     @abstractmethod
     async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:

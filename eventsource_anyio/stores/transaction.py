@@ -14,7 +14,7 @@ from ..ids import AggregateId
 from ..metadata import Metadata
 from ..repositories.checkpoint import CheckpointRepository
 from ..repositories.document import Document, DocumentRepository, DocumentStep
-from ..repositories.outbox import OutboxRepository, StoredMessage
+from ..repositories.outbox import AddMessages, OutboxHint, OutboxRepository, StoredMessage
 from .records import Append, AppendResult, ExpectedVersion, Step, encode_append
 from .staging import StagedDocuments
 
@@ -29,9 +29,10 @@ class LookUps(Struct, frozen=True):
     """How a store looks up what it keeps beside its events: see the methods of these names."""
 
     checkpoint: Callable[[str], Awaitable[int]]
-    pending: Callable[[int], Awaitable[Sequence[StoredMessage]]]
+    pending: Callable[[int, int], Awaitable[Sequence[StoredMessage]]]
     documents_by_key: Callable[[str, Sequence[str]], Awaitable[Sequence[Document]]]
     documents_after: Callable[[str, str, int], Awaitable[Sequence[Document]]]
+    outbox_hint: OutboxHint
 
 
 class Transaction:
@@ -48,6 +49,7 @@ class Transaction:
         "_handlers",
         "_handling",
         "_look_ups",
+        "_messages",
         "_open",
         "_steps",
         "_write",
@@ -65,6 +67,7 @@ class Transaction:
         self._documents = StagedDocuments(look_ups.documents_by_key, look_ups.documents_after)
         self._handlers: list[AppendHandler] = []
         self._handling = False
+        self._messages = False  # whether any were added
         self._open: bool | None = None
         self.results: tuple[AppendResult, ...] = ()
 
@@ -118,7 +121,7 @@ class Transaction:
     def outbox(self) -> OutboxRepository:
         """As `EventStore.outbox`, but added to, and taken from, at the end of the block."""
         self._check_open()
-        return OutboxRepository(self._look_ups.pending, self._add)
+        return OutboxRepository(self._look_ups.pending, self._add, OutboxHint())
 
     @property
     def documents(self) -> DocumentRepository:
@@ -163,13 +166,21 @@ class Transaction:
         for step in steps:
             if isinstance(step, DocumentStep):
                 self._documents.add(step)
+            elif isinstance(step, AddMessages):
+                self._messages = True
 
     async def _commit(self) -> None:
         if self._write_inline is not None and self._is_followed():
             results = await self._write_inline(self._steps, self._follow)
         else:
             results = await self._write(self._steps)
+        self._stored(results)
+
+    def _stored(self, results: Sequence[AppendResult]) -> None:
+        """It is committed."""
         self.results = tuple(results)
+        if self._messages:
+            self._look_ups.outbox_hint.wake()
 
     def _can_follow(self) -> bool:
         return self._write_inline is not None

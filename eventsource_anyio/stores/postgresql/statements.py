@@ -83,7 +83,7 @@ class Statements:
         self.remove_messages = sql("DELETE FROM es.outbox WHERE message_id = ANY ($1::uuid[])")
         self.pending = sql(
             "SELECT message_id, topic, key, payload, metadata, position, recorded_at "
-            "FROM es.outbox ORDER BY position LIMIT $1"
+            "FROM es.outbox WHERE position > $2 ORDER BY position LIMIT $1"
         )
         self.write_documents = sql(
             "SELECT conflict, actual FROM es.write_documents($1, $2, $3, $4, $5, $6)"

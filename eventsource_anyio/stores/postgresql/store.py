@@ -403,8 +403,8 @@ class PostgreSQLEventStore(EventStore):
         rows = await self._fetch(self._opened().statements.checkpoint, name)
         return rows[0][0] if rows else 0
 
-    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
-        rows = await self._fetch(self._opened().statements.pending, limit)
+    async def _pending(self, limit: int, after: int) -> Sequence[StoredMessage]:
+        rows = await self._fetch(self._opened().statements.pending, limit, after)
         return [decode_message(*row) for row in rows]
 
     async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:

@@ -120,7 +120,7 @@ class PostgreSQLTransaction(SQLTransaction):
         if scope.cancelled_caught:
             lost = DriverError("there was no answer to COMMIT in time", lost=True)
             raise storage_error(lost, unknown=True)
-        self.results = tuple(results)
+        self._stored(results)
 
 
 async def _commit(guest: Guest, session: AsyncSession) -> None:

@@ -65,7 +65,7 @@ _ADD = (
 _REMOVE = "DELETE FROM outbox WHERE message_id = ?"
 _PENDING = (
     "SELECT message_id, topic, key, payload, CAST(metadata AS BLOB), position, recorded_at "
-    "FROM outbox ORDER BY position LIMIT ?"
+    "FROM outbox WHERE position > ? ORDER BY position LIMIT ?"
 )
 
 _REVISION = "SELECT revision FROM documents WHERE collection = ? AND key = ?"
@@ -129,8 +129,8 @@ def get_checkpoint(connection: Connection, name: str) -> int:
     return row[0] if row else 0
 
 
-def pending_rows(connection: Connection, limit: int) -> list[MessageRow]:
-    return connection.execute(_PENDING, (limit,)).fetchall()
+def pending_rows(connection: Connection, limit: int, after: int) -> list[MessageRow]:
+    return connection.execute(_PENDING, (after, limit)).fetchall()
 
 
 def decode_messages(rows: Sequence[MessageRow]) -> list[StoredMessage]:

@@ -141,9 +141,9 @@ class SQLiteEventStore(EventStore):
         worker = self._opened().worker
         return await worker.read(lambda connection: get_checkpoint(connection, name))
 
-    async def _pending(self, limit: int) -> Sequence[StoredMessage]:
+    async def _pending(self, limit: int, after: int) -> Sequence[StoredMessage]:
         worker = self._opened().worker
-        rows = await worker.read(lambda connection: pending_rows(connection, limit))
+        rows = await worker.read(lambda connection: pending_rows(connection, limit, after))
         return decode_messages(rows)
 
     async def _documents_by_key(self, collection: str, keys: Sequence[str]) -> Sequence[Document]:

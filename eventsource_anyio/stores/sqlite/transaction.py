@@ -95,7 +95,7 @@ class SQLiteTransaction(SQLTransaction):
                     await connection.commit(turn, await self._follow(results))
                 else:
                     results = await connection.commit(turn, self._steps)
-                self.results = tuple(results)
+                self._stored(results)
         finally:
             await connection.end(turn)
 
