@@ -15,12 +15,10 @@ from functools import partial
 import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
-from attrs import evolve
 
 from ..cleanup import shielded_cleanup
 from ..errors import DocumentConflictError, StorageError, StoreClosedError
 from ..exception_groups import only_error
-from ..projections.parked import error_text
 from ..projections.progress import Progress
 from ..stores.interface import EventStore, StoredMessage
 from .delivering import Delivering, DeliverMessages, Settings, Waiting
@@ -185,9 +183,8 @@ class OutboxRelay:
                 try:
                     await self._deliver([one.message])
                 except Exception as error:
-                    with suppress(DocumentConflictError, StorageError):
-                        again = evolve(known, error=error_text(error))
-                        await self._messages.save(self._store.documents, again)
+                    with suppress(StorageError):
+                        await self._messages.failed(known, error)
                     raise
                 if not await self._messages.take_out(known, [one]):
                     break  # somebody else is at it too

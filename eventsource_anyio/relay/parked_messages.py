@@ -121,6 +121,13 @@ class ParkedMessages:
             revision = await documents.save(KEYS, parked.id, value, expected=parked.revision)
         return evolve(parked, revision=revision)
 
+    async def failed(self, parked: ParkedKey, error: Exception) -> None:
+        """Keep what the first of its messages has failed with now."""
+        known = await self.get(parked.id)
+        if known is not None:
+            with suppress(DocumentConflictError):
+                await self.save(self._store.documents, evolve(known, error=error_text(error)))
+
     async def remove(self, parked: ParkedKey) -> None:
         """It has no messages; unless somebody has set one aside meanwhile."""
         with suppress(DocumentConflictError):

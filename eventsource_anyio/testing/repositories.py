@@ -206,6 +206,10 @@ class RepositoryContract:
         assert await pending(store, 75) == texts[:75]
         assert len(await store.outbox.pending()) == 100
         assert await pending(store, 2**70) == texts
+        found = await store.outbox.pending(30)
+        later = await store.outbox.pending(30, after=found[-1].position)
+        assert [one.message.payload.decode() for one in [*found, *later]] == texts[:60]
+        assert await store.outbox.pending(after=2**70) == []
 
     async def test_what_was_delivered_is_not_pending(self, store: EventStore) -> None:
         messages = [message(text) for text in "abcde"]
