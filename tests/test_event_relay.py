@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import anyio
+import anyio.lowlevel
 import pytest
 from sqlalchemy import text
 
@@ -71,7 +72,7 @@ async def test_a_bus_is_given_them(store: EventStore):
     handled: list[StoredEvent] = []
 
     async def handle(event: StoredEvent) -> None:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         handled.append(event)
 
     async with InMemoryEventBus() as bus:
