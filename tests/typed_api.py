@@ -37,8 +37,11 @@ from eventsource_anyio import (
     applies,
     upcaster,
 )
+from eventsource_anyio.bus.interface import EventBus
 from eventsource_anyio.projections import Inline, Projection, SingleStreamView, evolves, handles
+from eventsource_anyio.relay import EventRelay, OutboxRelay, OutboxStatistics, ParkedKey
 from eventsource_anyio.repositories.document import Document, DocumentRepository
+from eventsource_anyio.repositories.outbox import StoredMessage
 from eventsource_anyio.stores.sql_transaction import SQLTransaction
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
 
@@ -239,6 +242,25 @@ async def of_inline_projections(store: EventStore) -> None:
 
 
 async def count(events: Sequence[StoredEvent], tx: Transaction) -> None: ...
+
+
+async def of_relays(store: EventStore, bus: EventBus) -> None:
+    async def send(messages: Sequence[StoredMessage]) -> None: ...
+    async def send_events(events: Sequence[StoredEvent]) -> int:
+        return len(events)
+
+    ProjectionCoordinator(
+        store,
+        [
+            EventRelay(bus, name="bus", after="now", event_types=[Filled, "Drained"]),
+            EventRelay(send_events, name="events", after=7, on_failure="stop"),
+        ],
+    )
+    relay = OutboxRelay(store, send, outages=(OSError, KeyError))
+    assert_type(await relay.parked(), Sequence[ParkedKey])
+    assert_type(await relay.parked_messages((await relay.parked())[0]), Sequence[StoredMessage])
+    assert_type(relay.statistics(), OutboxStatistics)
+    assert_type(await store.outbox.pending(10, after=5), Sequence[StoredMessage])
 
 
 async def of_opening() -> None:
