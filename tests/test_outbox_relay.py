@@ -244,8 +244,12 @@ async def test_a_key_is_one_of_its_topic(store: EventStore):
         await store.outbox.add(*given)
         await delivered(store)
     assert receiver.once == ["1:1"]
-    found = {(one.topic, one.key, one.messages) for one in await relay.parked()}
+    parked = await relay.parked()
+    found = {(one.topic, one.key, one.messages) for one in parked}
     assert found == {("t", "x=1", 1), ("u", "x=1", 1)}
+    for one in parked:
+        (kept,) = await relay.parked_messages(one)
+        assert kept.message.topic == one.topic
 
 
 async def test_a_failing_key_waits_alone_however_much_of_it_there_is(store: EventStore):

@@ -28,6 +28,7 @@ from eventsource_anyio import (
     NewEvent,
     OutboxMessage,
     OutboxRepository,
+    ProjectionCoordinator,
     ReadOptions,
     SQLiteEventStore,
     StoredEvent,
