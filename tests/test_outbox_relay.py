@@ -336,6 +336,7 @@ async def test_a_retry_and_the_relay_share_a_key_in_order(store: EventStore):
         await delivered(store)  # it was set aside
         go_on.set()
         await receiver.has("a:0", "a:1", "a:2")
+        await until(lambda: counts)
         await receiver.has(*await add(store, "a", 3))
     assert counts == [3]
     assert receiver.of("a") == ["a:0", "a:1", "a:2", "a:3"]
