@@ -236,8 +236,9 @@ class PublishError(EventSourceError):
         super().__init__(
             f"{what} that the events were published to:\n"
             f"{lines}\n"
-            "  The events are stored and published; do not publish them again. Mend the handler, "
-            "or give the bus on_failure=…, which is then told in place of the publisher."
+            "  The events are stored, and everybody else has had them. Mend the handler; published "
+            "again, they reach who has failed only.\n"
+            "  A bus that is given on_failure=… tells that in place of the publisher."
         )
         self.errors = tuple(errors)
 

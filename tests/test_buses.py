@@ -185,9 +185,40 @@ async def test_a_failure_reaches_the_publisher_as_one_error(event_store: EventSt
         "Handlers have failed that the events were published to:\n"
         "  KeyError(1), in handler fail of eventsource_anyio.testing.Happened, Thing-a, version 1\n"
         "  KeyError(2), in handler fail of eventsource_anyio.testing.Happened, Thing-a, version 2\n"
-        "  The events are stored and published; do not publish them again. Mend the handler, "
-        "or give the bus on_failure=…, which is then told in place of the publisher."
+        "  The events are stored, and everybody else has had them. Mend the handler; published "
+        "again, they reach who has failed only.\n"
+        "  A bus that is given on_failure=… tells that in place of the publisher."
     )
+
+
+async def test_what_is_published_again_reaches_those_who_have_failed(
+    event_store: EventStore, runs: bool
+):
+    bus, seen, tried, fails = InMemoryEventBus(), Seen(), Seen(), True
+
+    async def fail_once(event: StoredEvent) -> None:
+        nonlocal fails
+        await tried(event)
+        if event.version == 2 and fails:
+            fails = False
+            raise KeyError("once")
+
+    bus.register(fail_once)
+    bus.register(seen)
+    events = await stored(event_store, 3)
+    async with anyio.create_task_group() as tasks:
+        if runs:
+            await tasks.start(bus.run)
+        async with bus.subscribe() as stream:
+            with pytest.raises(PublishError):
+                await bus.publish(events)
+            await bus.publish(events)
+            await bus.publish(events)
+            await bus.publish(last := await stored(event_store, 1))
+            assert await receive(stream, 4) == [*events, *last]
+        bus.stop()
+    assert seen.events == [*events, *last]
+    assert [one.version for one in tried.events] == [1, 2, 3, 2, 4]
 
 
 async def test_many_failures_are_told_shortly(event_store: EventStore):
@@ -269,8 +300,8 @@ async def test_when_run_is_cut_off_its_publishers_are_told(event_store: EventSto
     assert [len(error.errors) for error in errors] == [2, 2]
     assert "run() was cut off" in str(errors[0])
     blocked.let.set()
-    await bus.publish(await stored(event_store, 1))
-    assert blocked.done == [5]
+    await bus.publish([one async for one in event_store.read_all()])
+    assert blocked.done == [1, 2, 3, 4]
 
 
 # -- handlers that publish, and what they see ---------------------------------------------------

@@ -5,6 +5,7 @@
 - A publisher waits for its receipt: all of its deliveries, and those of what handlers have
   published while they had them. So a handler that publishes never waits for itself, and all that
   fails because of an event reaches whoever published it.
+- A handler drops what it has had already, unless it has failed at it.
 - Queues are bounded. Publishers wait for room; handlers that publish cannot, since room may be made
   only by themselves, so they are refused.
 """
@@ -23,6 +24,7 @@ from ..errors import PublishError
 from ..events import DomainEvent, StoredEvent
 from .filtering import EventFilter
 from .interface import EventHandler, FailurePolicy
+from .recent import RecentIds
 
 T = TypeVar("T")
 
@@ -77,13 +79,14 @@ def current_delivery() -> Delivery | None:
 class Handler:
     """A handler and its queue."""
 
-    __slots__ = ("_call", "_filter", "_made_room", "_wake", "name", "queue")
+    __slots__ = ("_call", "_filter", "_had", "_made_room", "_wake", "name", "queue")
 
     def __init__(
         self,
         call: EventHandler,
         event_types: tuple[str | type[DomainEvent], ...],
         made_room: Callable[[], None],
+        remembered: int,
     ) -> None:
         if not callable(call):
             raise TypeError(f"a handler is an async function of a stored event, not {call!r}")
@@ -91,11 +94,13 @@ class Handler:
         self.queue: deque[Delivery] = deque()
         self._call = call
         self._made_room = made_room
+        self._had = RecentIds(remembered)
         self._filter = EventFilter(event_types)
         self._wake: anyio.Event | None = None
 
     def add(self, events: Sequence[StoredEvent], receipt: Receipt | None) -> None:
-        wanted = [stored for stored in events if self._filter.wants(stored)]
+        wants, is_new = self._filter.wants, self._had.add
+        wanted = [stored for stored in events if wants(stored) and is_new(stored.event_id)]
         if wanted:
             if receipt is not None:
                 receipt.left += len(wanted)
@@ -126,6 +131,7 @@ class Handler:
             await _in_context(delivery.context, self._handle(delivery.stored))
         except Exception as raised:  # noqa: BLE001 - the publisher, or the policy, is told
             error = raised
+            self._had.forget(delivery.stored.event_id)
             error.add_note(f"in handler {self.name} of {_told(delivery.stored)}")
         except BaseException:
             self._cut_off(delivery)
@@ -153,6 +159,7 @@ class Handler:
             self._cut_off(self.queue.popleft())
 
     def _cut_off(self, delivery: Delivery) -> None:
+        self._had.forget(delivery.stored.event_id)
         if delivery.receipt is not None:
             error = RuntimeError("run() was cut off before the handler had returned")
             error.add_note(f"in handler {self.name} of {_told(delivery.stored)}")

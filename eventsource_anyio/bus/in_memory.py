@@ -98,7 +98,7 @@ class InMemoryEventBus(EventBus):
     def register(self, handler: EventHandler, *event_types: str | type[DomainEvent]) -> None:
         if self._stopped is not None:
             raise RuntimeError("register handlers before run() is started")
-        self._handlers.append(Handler(handler, event_types, self._ring.make_room))
+        self._handlers.append(Handler(handler, event_types, self._ring.make_room, self._buffer))
 
     def subscribe(
         self,
@@ -165,7 +165,7 @@ class InMemoryEventBus(EventBus):
         self._since_turn += len(new)
         self._ring.publish(new)
         for handler in self._handlers:
-            handler.add(new, receipt)
+            handler.add(events, receipt)  # each has its own memory: it may have failed
 
     async def _run(self, handler: Handler) -> None:
         while handler.queue or self._running:

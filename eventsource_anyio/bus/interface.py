@@ -28,7 +28,7 @@ class EventBus(ABC):
 
     An async context manager, open inside its block. Events of one stream arrive in the order in
     which they were published. An event that is published again (it has the same id) is dropped, as
-    far as the bus remembers.
+    far as the bus remembers, but for a handler that has failed at it.
     """
 
     async def __aenter__(self) -> Self:

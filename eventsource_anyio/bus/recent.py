@@ -29,3 +29,7 @@ class RecentIds:
         self._order.append(number)
         self._ids.add(number)
         return True
+
+    def forget(self, event_id: UUID) -> None:
+        """Have it be new again."""
+        self._ids.discard(event_id.int)
