@@ -25,7 +25,7 @@ from .stores.postgresql import Diagnosis, PostgreSQLEventStore, migration_sql
 
 _VARIABLE = "DATABASE_URL"
 # One of these in a password ends it early, and the rest is taken, and shown, for a host's name.
-_DSN = re.compile(r"postgres(ql)?(\+asyncpg)?://([^:/?#]*(:[^/?#\s]*)?@)?[^@]*")
+_DSN = re.compile(r"postgres(ql)?(\+\w+)?://([^:/?#]*(:[^/?#\s]*)?@)?[^@]*")
 _EVERY = 0.2  # seconds between two looks at how far a rebuild has got
 _PASSWORD = re.compile(r"(?<=://)([^:/\s]*:)\S*@|((?:ssl)?password=)[^&\s]*")
 
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"give the DSN as an argument or in {_VARIABLE}: postgresql://user@host/database. What "
             "is not a letter or a digit in a password is written as in a URL, such as %2F for /"
         )
-    store = PostgreSQLEventStore(dsn, schema=asked.schema, prefix=asked.prefix)
+    try:
+        store = PostgreSQLEventStore(dsn, schema=asked.schema, prefix=asked.prefix)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         if asked.command == "migrate":
             anyio.run(partial(store.migrate, role=asked.role))

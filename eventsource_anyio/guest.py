@@ -71,6 +71,11 @@ class Guest:
         return self._loop
 
     @property
+    def pumps(self) -> bool:
+        """Whether its coroutines run on a loop of its own: on Trio, and outside of `run`."""
+        return self._pump is not None and not self._pump.ticking
+
+    @property
     def inside(self) -> bool:
         """Whether the caller is asyncio code that `run` runs on Trio: no place to wait for Trio."""
         return self._pump is not None and self._pump.ticking

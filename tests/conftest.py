@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect the async tests of the event loops that were not chosen."""
     if not (chosen := config.getoption("--loop")):
         return
-    others = LOOPS.keys() - set(chosen)
+    others = [*LOOPS.keys() - set(chosen)]  # a list, since a test may name its loop by a dict
     deselected = [
         item
         for item in items

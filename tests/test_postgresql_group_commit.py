@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, contextmanager
 from random import Random
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import UUID
 
 import anyio
@@ -45,10 +45,14 @@ APPEND = (
 class Database:
     """A store's database, looked at from outside."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, driver: Literal["asyncpg", "psycopg"]) -> None:
         self.dsn = dsn
+        self.driver = driver
         self.sessions = ExitStack()
         self._session = self.connect(autocommit=True)
+
+    def store(self) -> PostgreSQLEventStore:
+        return PostgreSQLEventStore(self.dsn, driver=self.driver)
 
     def connect(self, **options: Any) -> psycopg.Connection:
         session = psycopg.connect(self.dsn, application_name="observer", **options)
@@ -152,11 +156,13 @@ def template(postgresql_server: PostgreSQLDatabases) -> Iterator[str]:
     postgresql_server.drop_database(dsn)
 
 
-@pytest.fixture
-def database(postgresql_server: PostgreSQLDatabases, template: str) -> Iterator[Database]:
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def database(
+    request: pytest.FixtureRequest, postgresql_server: PostgreSQLDatabases, template: str
+) -> Iterator[Database]:
     dsn = postgresql_server.create_database(template)
     # asyncpg, cancelled natively while it talks about TLS, complains to asyncio's loop.
-    database = Database(f"{dsn}{'&' if '?' in dsn else '?'}sslmode=disable")
+    database = Database(f"{dsn}{'&' if '?' in dsn else '?'}sslmode=disable", request.param)
     with database.sessions:
         yield database
     postgresql_server.drop_database(dsn)
@@ -164,14 +170,14 @@ def database(postgresql_server: PostgreSQLDatabases, template: str) -> Iterator[
 
 @pytest.fixture
 async def store(database: Database) -> AsyncIterator[PostgreSQLEventStore]:
-    async with PostgreSQLEventStore(database.dsn) as store:
+    async with database.store() as store:
         yield store
 
 
 @pytest.fixture
 async def other(database: Database) -> AsyncIterator[PostgreSQLEventStore]:
     """Another process, as far as the database can tell."""
-    async with PostgreSQLEventStore(database.dsn) as store:
+    async with database.store() as store:
         yield store
 
 

@@ -15,10 +15,10 @@ from eventsource_anyio.testing import EventStoreContract
 from eventsource_anyio.testing.samples import Happened
 
 
-class TestPostgreSQL(EventStoreContract):
+class TestAsyncpg(EventStoreContract):
     @pytest.fixture
     async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
-        store = PostgreSQLEventStore(postgresql_dsn)
+        store = PostgreSQLEventStore(postgresql_dsn, driver="asyncpg")
         await store.migrate()
         async with store:
             yield store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import anyio
 import psycopg
@@ -183,9 +183,11 @@ def database(postgresql_server: PostgreSQLDatabases, template: str) -> Iterator[
     postgresql_server.drop_database(dsn)
 
 
-@pytest.fixture
-async def store(database: Database) -> AsyncIterator[PostgreSQLEventStore]:
-    async with PostgreSQLEventStore(database.dsn) as store:
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def store(
+    request: pytest.FixtureRequest, database: Database
+) -> AsyncIterator[PostgreSQLEventStore]:
+    async with PostgreSQLEventStore(database.dsn, driver=request.param) as store:
         yield store
 
 
@@ -486,7 +488,10 @@ async def test_a_cancelled_transaction_of_steps_is_whole_or_not_there(
     await assert_usable(store, database)
 
 
-async def test_deadlines_in_transactions_leave_nothing_behind(database: Database):
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_deadlines_in_transactions_leave_nothing_behind(
+    database: Database, driver: Literal["asyncpg", "psycopg"]
+):
     kept: list[str] = []
 
     async def transact(store: PostgreSQLEventStore, number: int) -> None:
@@ -497,7 +502,7 @@ async def test_deadlines_in_transactions_leave_nothing_behind(database: Database
 
     # asyncpg complains to asyncio's loop if it is cancelled while it talks about TLS.
     dsn = f"{database.dsn}{'&' if '?' in database.dsn else '?'}sslmode=disable"
-    async with PostgreSQLEventStore(dsn) as store:
+    async with PostgreSQLEventStore(dsn, driver=driver) as store:
         with anyio.fail_after(25):
             async with anyio.create_task_group() as tasks:
                 for number in range(60):

@@ -11,6 +11,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from ...cleanup import shielded_cleanup
 from .driver import Connection, Driver, DriverError, Row
+from .dsn import parse_dsn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -44,9 +45,15 @@ def connect_by_dsn(dsn: str) -> Connect:
         import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise _missing("asyncpg") from error
-    dsn = dsn.replace("postgresql+asyncpg://", "postgresql://", 1)  # as SQLAlchemy writes it
-    connect = cast("Callable[[str], Coroutine[object, object, RawConnection]]", asyncpg.connect)  # pyright: ignore[reportUnknownMemberType]
-    return lambda: connect(dsn)
+    connect = cast("Callable[..., Coroutine[object, object, RawConnection]]", asyncpg.connect)  # pyright: ignore[reportUnknownMemberType]
+    parsed = parse_dsn(dsn)
+    parsed.check_for_asyncpg()
+
+    def connect_now() -> Coroutine[object, object, RawConnection]:
+        plain, settings = parsed.for_asyncpg()
+        return connect(plain, server_settings=settings, timeout=parsed.patience)
+
+    return connect_now
 
 
 def check_engine(engine: AsyncEngine) -> None:

@@ -28,6 +28,10 @@ _REMEDIES = {
         "the role may not do this",
         "`await store.migrate(role=…)`, as the owner, gives a role what it needs.",
     ),
+    "42704": (
+        "the server does not know what is named here",
+        "If it is a setting: what in a DSN is no option of libpq is a setting of the server.",
+    ),
     "42": (
         "the store's tables or functions are missing or others",
         "Run `await store.migrate()` once, as their owner; is `schema` the one that was migrated?",

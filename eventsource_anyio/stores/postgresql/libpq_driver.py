@@ -22,6 +22,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if
 
 from ...cleanup import shielded_cleanup
 from .driver import Connection, Driver, DriverError, Row
+from .dsn import parse_dsn
 
 try:
     import psycopg
@@ -37,7 +38,6 @@ except ImportError as error:
         "comes with an extra: pip install 'eventsource-anyio[psycopg]'"
     ) from error
 
-_CONNECT_WITHIN = 60.0
 _STOP_WITHIN = 5.0
 _PAUSE = 0.02
 _BINARY = pq.Format.BINARY
@@ -50,6 +50,8 @@ _REFUSALS = re.compile(
     r"FATAL: +(?:(?P<_28P01>password authentication failed)"
     r"|(?P<_28000>.* authentication failed|(no )?pg_hba\.conf|role .* (does not exist|is not perm))"
     r"|(?P<_3D000>database .* does not exist)|(?P<_57P03>the database system is )"
+    r"|(?P<_42704>unrecognized configuration parameter)|(?P<_22023>invalid value for parameter)"
+    r"|(?P<_55P02>parameter .* cannot be )|(?P<_42501>permission denied to set parameter)"
     r"|(?P<_53300>sorry, too many clients|too many connections|remaining connection slots))"
 )
 
@@ -70,11 +72,12 @@ class LibpqDriver(Driver):
     """Connects as libpq does: DSN, environment, password file, TLS, several hosts."""
 
     def __init__(self, dsn: str) -> None:
-        self._dsn = re.sub(r"^postgresql\+\w+://", "postgresql://", dsn)  # as SQLAlchemy writes it
+        self._dsn = parse_dsn(dsn)
         self._statements: dict[str, _Statement] = {}
 
     async def connect(self) -> Connection:
-        with anyio.move_on_after(_CONNECT_WITHIN):
+        patience = self._dsn.patience
+        with anyio.move_on_after(patience):
             try:
                 pgconn = pq.PGconn.connect_start(await self._conninfo())
                 try:
@@ -87,25 +90,25 @@ class LibpqDriver(Driver):
                 return _Connection(pgconn, self._statements)
             except psycopg.Error as error:
                 raise DriverError(str(error), lost=True) from error
-        raise DriverError(f"there was no answer within {_CONNECT_WITHIN:.0f} s", lost=True)
+        raise DriverError(f"there was no answer within {patience:g} s", lost=True)
 
     async def _conninfo(self) -> bytes:
         """The DSN with the addresses of its hosts. libpq would look them up too, but block."""
-        options = [*pq.Conninfo.get_defaults(), *pq.Conninfo.parse(self._dsn.encode())]
-        given = {option.keyword: option.val.decode() for option in options if option.val}
-        names, ports = (given.get(keyword, "").split(",") for keyword in (b"host", b"port"))
-        more = {"client_encoding": "UTF8"}
-        if b"hostaddr" not in given and len(ports) in (1, len(names)):
-            ports *= len(names) // len(ports)
+        given = self._dsn.for_libpq()
+        if "host" in given and "hostaddr" not in given:
             hosts = [
                 (name, address, port)
-                for name, port in zip(names, ports, strict=True)
+                for name, port in zip(
+                    given["host"].split(","), given["port"].split(","), strict=True
+                )
                 for address in await _addresses(name)
             ]
             if not hosts:
-                raise DriverError(f"{', '.join(names)}: no address is known", lost=True)
-            more["host"], more["hostaddr"], more["port"] = map(",".join, zip(*hosts, strict=True))
-        return make_conninfo(self._dsn, **more).encode()
+                raise DriverError(f"{given['host']}: no address is known", lost=True)
+            given["host"], given["hostaddr"], given["port"] = map(
+                ",".join, zip(*hosts, strict=True)
+            )
+        return make_conninfo("", **given).encode()
 
 
 async def _addresses(name: str) -> Iterable[str]:

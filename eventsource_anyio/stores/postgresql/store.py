@@ -30,6 +30,7 @@ from .asyncpg_driver import (
 from .diagnosis import Diagnosis, GapStress, stressed
 from .doctor import diagnose
 from .driver import Driver, DriverError, Row
+from .dsn import parse_dsn
 from .failures import storage_error
 from .group_commit import UNIQUE, Lane
 from .migrating import check, migrate
@@ -78,8 +79,9 @@ class PostgreSQLEventStore(EventStore):
     A subscription gets to know of appends by notifications, and where one is lost, it looks every
     `poll_every` seconds. The database's time limits, such as `statement_timeout`, hold.
 
-    `driver` is "asyncpg", which is also the default, or "psycopg": libpq, which runs natively on
-    Trio and takes the DSN as libpq does. Transactions with SQL in them always use asyncpg.
+    `driver` is "asyncpg", or "psycopg": libpq, which runs natively on Trio. By default it is
+    psycopg on Trio, where it is installed, and asyncpg otherwise; both do the same. Transactions
+    with SQL in them always use asyncpg, and so does a store that was given an engine.
 
     On Trio, asyncpg and SQLAlchemy run in a `Guest`: the store's own, or the `guest` given, for
     what shares an engine with it.
@@ -106,6 +108,10 @@ class PostgreSQLEventStore(EventStore):
             raise ValueError(f"poll_every must be a number of seconds above 0, not {poll_every!r}")
         if not isinstance(database, str):
             check_engine(database)
+        else:
+            dsn = parse_dsn(database)
+            if driver != "psycopg":  # by default too, lest it works on Trio alone
+                dsn.check_for_asyncpg()
         self._dsn = database if isinstance(database, str) else ""
         self._engine = None if isinstance(database, str) else database
         self._own_engine: AsyncEngine | None = None
@@ -113,7 +119,7 @@ class PostgreSQLEventStore(EventStore):
         self._connections = connections
         self._poll_every = poll_every
         self._guest = guest
-        self._libpq = driver == "psycopg"
+        self._chosen = driver
         self._state: _Opened | None = None
 
     @property
@@ -207,12 +213,16 @@ class PostgreSQLEventStore(EventStore):
         return state
 
     def _driver(self, guest: Guest) -> Driver:
-        if self._libpq:
-            from .libpq_driver import LibpqDriver
-
-            return LibpqDriver(self._dsn)
         if self._engine is not None:
             return AsyncpgDriver(guest, connect_by_engine(self._engine))
+        if self._chosen == "psycopg" or (self._chosen is None and guest.pumps):
+            try:
+                from .libpq_driver import LibpqDriver
+
+                return LibpqDriver(self._dsn)
+            except ImportError:
+                if self._chosen is not None:
+                    raise
         return AsyncpgDriver(guest, connect_by_dsn(self._dsn))
 
     async def _driver_now(self, stack: AsyncExitStack) -> Driver:
