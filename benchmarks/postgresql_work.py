@@ -33,9 +33,9 @@ class Subject:
 
 
 OURS: Mapping[str, Subject] = {loop: Subject(loop) for loop in LOOPS}
-"""By the default driver: what the claims are about."""
+"""By the default driver, psycopg on Trio and asyncpg otherwise: what the claims are about."""
 
-OTHERS = [Subject(loop, "psycopg") for loop in LOOPS]
+OTHERS = [Subject(loop, "asyncpg" if loop == "trio" else "psycopg") for loop in LOOPS]
 
 
 def opened(dsn: str, schema: str = "", driver: Driver = "") -> PostgreSQLEventStore:
