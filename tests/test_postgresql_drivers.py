@@ -232,13 +232,22 @@ class TestRows:
                 assert not raised.value.lost
                 assert await answers(connection)
 
+    async def test_moments_beside_each_other_are_not_mixed_up(self, connection: Connection) -> None:
+        later = [NOON, NOON, NOON + timedelta(microseconds=1), NOON, datetime(1, 1, 2, tzinfo=UTC)]
+        rows = await connection.fetch("SELECT unnest($1::timestamptz[])", later)
+        assert [row[0] for row in rows] == later
+
     async def test_a_row_that_python_cannot_hold_is_an_error_of_the_driver(
         self, driver: Driver, connection: Connection
     ) -> None:
         if is_libpq(driver):
             with pytest.raises(DriverError, match="timestamp too small"):
                 await connection.fetch("SELECT '-infinity'::timestamptz")
-            assert await answers(connection)
+        else:  # it has the first and the last that there are
+            for told, far in (("-infinity", datetime.min), ("infinity", datetime.max)):  # noqa: DTZ901
+                found = await value(connection, f"SELECT '{told}'::timestamptz")
+                assert found == far.replace(tzinfo=UTC)
+        assert await answers(connection)
 
     async def test_a_statement_is_prepared_once_whatever_its_values(
         self, driver: Driver, connection: Connection

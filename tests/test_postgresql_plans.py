@@ -81,7 +81,7 @@ async def test_slices_change_no_plan(postgresql_dsn: str, plans: str) -> None:
 
     async def plan(request: PageRequest) -> tuple[set[str], set[str]]:
         """The indexes and what else there is, of a page in the middle."""
-        statement, values = statements.page(request, 5_001, 55_000)
+        statement, values = statements.page(request, 5_001, 55_000, request.limit)
         types = ["bigint"] * 3 + ["text[]"] * (len(values) - 3)
         if request.slices:
             types[-2:] = ["bigint"] * 2

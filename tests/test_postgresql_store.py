@@ -97,3 +97,24 @@ async def test_inside_the_guest_the_store_refuses_to_wait(
             else:  # where there is no inside
                 await store.guest.run(call())
         assert (await store.append_events("a", "Thing", [Happened(2)], ANY)).version >= 1
+
+
+async def test_a_full_page_of_a_stream_says_whether_it_was_the_last(postgresql_dsn: str) -> None:
+    store = PostgreSQLEventStore(postgresql_dsn)
+    await store.migrate()
+    async with store:
+        await store.append_events("a", "Thing", [Happened(n) for n in range(4)], ANY)
+        stream = ("Thing", "a")
+        for start, backwards, limit, expected, resume in (
+            (1, False, 4, [1, 2, 3, 4], None),
+            (1, False, 3, [1, 2, 3], 4),
+            (2, False, 3, [2, 3, 4], None),
+            (4, True, 3, [4, 3, 2], 1),
+            (4, True, 4, [4, 3, 2, 1], None),
+        ):
+            request = PageRequest(stream, start, None, backwards, limit, (), (), None)
+            page = await store._read(request)
+            assert [event.version for event in page.events] == expected
+            assert page.at_end == (resume is None)
+            if resume is not None:
+                assert page.resume == resume

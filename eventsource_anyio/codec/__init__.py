@@ -91,8 +91,8 @@ class Codec(Generic[T]):
     def decode(self, data: bytes | str) -> T:
         """The value that the JSON stands for; PayloadError, and nothing else, if there is none."""
         try:
-            read = self._read_json(data)
-            return cast("T", read if self._lift is None else self._lift(read))
+            read: T = self._read_json(data)
+            return read if self._lift is None else cast("T", self._lift(read))
         except PayloadError:
             raise
         except Exception as error:

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Generic, Self, TypeAlias, TypeVar, overload
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
@@ -45,6 +45,40 @@ class PageRequest(Struct, frozen=True):
     slices: tuple[int, int] | None
 
 
+Row = TypeVar("Row")
+
+
+class DecodedRows(Sequence[Read], Generic[Row]):
+    """The events of rows, each decoded when it is its turn.
+
+    So those of a page are not all there at once, unless somebody keeps them: thousands of young
+    objects would have the garbage collector run, which costs as much as to decode them.
+    """
+
+    __slots__ = ("_decode", "_rows")
+
+    def __init__(
+        self, rows: Sequence[Row], decode: Callable[[Sequence[Row]], Iterator[Read]]
+    ) -> None:
+        self._rows = rows
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Read]:
+        return self._decode(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Read: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Read]: ...
+    def __getitem__(self, index: int | slice) -> Read | Sequence[Read]:
+        if isinstance(index, slice):
+            return list(self._decode(self._rows[index]))
+        return next(self._decode([self._rows[index]]))
+
+
 class Page(Struct, frozen=True):
     """Events in the order asked for. `resume` is where the next page starts.
 
@@ -64,24 +98,24 @@ WaitAppended: TypeAlias = Callable[[int], Awaitable[None]]
 class _PageReader(AsyncIterator[StoredEvent]):
     """Hands out the events of one page after another; `_turn` gets the next one."""
 
-    __slots__ = ("_events", "_guard", "_index", "_read", "_request")
+    __slots__ = ("_events", "_guard", "_left", "_read", "_request")
 
     def __init__(self, read: ReadPage, request: PageRequest) -> None:
         self._read = read
         self._request = request
-        self._events: Sequence[Read] = ()
-        self._index = 0
+        self._events: Iterator[Read] = iter(())
+        self._left = 0  # of the page
         self._guard = anyio.ResourceGuard("reading from")
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StoredEvent:
-        while self._index >= len(self._events):
+        while not self._left:
             with self._guard:
                 await self._turn()
-        event = self._events[self._index]
-        self._index += 1
+        self._left -= 1
+        event = next(self._events)
         self._passed(event)
         if isinstance(event, EventDecodeError):
             raise event
@@ -91,6 +125,9 @@ class _PageReader(AsyncIterator[StoredEvent]):
     async def _turn(self) -> None:
         """Get the next page, wait for one, or raise `StopAsyncIteration`."""
 
+    def _begin(self, page: Page) -> None:
+        self._events, self._left = iter(page.events), len(page.events)
+
     def _passed(self, event: Read) -> None:
         """An event is handed out."""
 
@@ -98,26 +135,26 @@ class _PageReader(AsyncIterator[StoredEvent]):
 class EventIterator(_PageReader):
     """A finite read. It needs no closing."""
 
-    __slots__ = ("_ended", "_left")
+    __slots__ = ("_ended", "_limit")
 
     def __init__(self, read: ReadPage, request: PageRequest, limit: int | None) -> None:
         super().__init__(read, request)
-        self._left = limit
+        self._limit = limit
         self._ended = False
 
     async def _turn(self) -> None:
-        left, request = self._left, self._request
+        left, request = self._limit, self._request
         if self._ended or (left is not None and left <= 0):
             await checkpoint()
             raise StopAsyncIteration
         page = await self._read(
             request if left is None or left >= request.limit else replace(request, limit=left)
         )
-        self._events, self._index = page.events, 0
+        self._begin(page)
         self._request = replace(request, start=page.resume)
         self._ended = page.at_end
         if left is not None:
-            self._left = left - len(page.events)
+            self._limit = left - len(page.events)
 
 
 class Subscription(_PageReader):
@@ -154,7 +191,7 @@ class Subscription(_PageReader):
         traceback: TracebackType | None,
     ) -> None:
         self._open = False
-        self._events = ()
+        self._events, self._left = iter(()), 0
         await cancel_shielded_checkpoint()
 
     async def next_batch(self) -> Sequence[Read]:
@@ -165,11 +202,11 @@ class Subscription(_PageReader):
         """
         with self._guard:
             before = self.position
-            while self._index >= len(self._events) and self.position == before:
+            while not self._left and self.position == before:
                 if await self._look() and self.position == before:
                     await self._wait(before)
-        events = self._events[self._index :]
-        self._index = len(self._events)
+        events = list(self._events)
+        self._left = 0
         if events:
             self._passed(events[-1])
         return events
@@ -186,7 +223,7 @@ class Subscription(_PageReader):
                 "async with store.subscribe(after=…) as subscription: …"
             )
         page = await self._read(self._request)
-        self._events, self._index = page.events, 0
+        self._begin(page)
         self._request = replace(self._request, start=page.resume)
         if page.events:
             return False
@@ -194,5 +231,5 @@ class Subscription(_PageReader):
         return page.at_end
 
     def _passed(self, event: Read) -> None:
-        last = self._index == len(self._events)
-        self.position = (self._request.start or 1) - 1 if last else event.position
+        last = (self._request.start or 1) - 1
+        self.position = event.position if self._left else last

@@ -243,7 +243,7 @@ def _check_version(expected_version: object) -> None:
 Read: TypeAlias = StoredEvent | EventDecodeError
 
 
-def _stored_metadata(data: str | bytes | None) -> Metadata:
+def _stored_metadata(data: str | bytes) -> Metadata:
     try:
         return decode_metadata(data)
     except (DecodeError, UnicodeError) as error:
@@ -268,7 +268,7 @@ def decode_stored(
     """The stored event, or the error to raise in its place when a reader reaches it."""
     try:
         event = decode_event(event_type, schema_version, payload)
-        metadata = _stored_metadata(metadata_json)
+        metadata: Metadata = _stored_metadata(metadata_json) if metadata_json else {}
     except UnreadableError as error:
         unreadable = EventDecodeError(
             event_type=event_type,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import anyio
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _GRACE = 0.5
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 class RawConnection(Protocol):
@@ -29,6 +33,15 @@ class RawConnection(Protocol):
     def execute(self, query: str) -> Coroutine[object, object, str]: ...
     def add_listener(
         self, channel: str, callback: Callable[..., None]
+    ) -> Coroutine[object, object, None]: ...
+    def set_type_codec(
+        self,
+        typename: str,
+        *,
+        schema: str,
+        encoder: Callable[..., object],
+        decoder: Callable[..., object],
+        format: str,  # noqa: A002  (asyncpg's)
     ) -> Coroutine[object, object, None]: ...
     def add_termination_listener(self, callback: Callable[..., None]) -> None: ...
     def is_closed(self) -> bool: ...
@@ -109,7 +122,7 @@ class AsyncpgDriver(Driver):
                 tasks.start_soon(_cancel_later, connecting)
                 with connecting:
                     try:
-                        outcome = await self._guest.run(self._connect())
+                        outcome = await self._guest.run(self._connected())
                     except Exception as error:  # noqa: BLE001  (raised below, outside the group)
                         outcome = error
                 connecting.cancel()  # it is over: nobody need wait for it
@@ -123,6 +136,42 @@ class AsyncpgDriver(Driver):
             failed = outcome or TimeoutError("the connection attempt was given up")
             raise translated(failed, lost=True) from failed
         return _Connection(self._guest, outcome)
+
+    async def _connected(self) -> RawConnection:
+        raw = await self._connect()
+        # Nothing is awaited here.
+        await raw.set_type_codec(
+            "timestamptz",
+            schema="pg_catalog",
+            encoder=_microseconds,
+            decoder=_Moments(),
+            format="tuple",
+        )
+        return raw
+
+
+def _microseconds(moment: datetime) -> tuple[int]:
+    return ((moment - _EPOCH) // _MICROSECOND,)
+
+
+class _Moments:
+    """Makes the moments of rows, of which those beside each other have often been stored together:
+    asyncpg's own way takes half of the time that it takes to read an event."""
+
+    __slots__ = ("_known", "_moment")
+
+    def __init__(self) -> None:
+        self._known = (0,)
+        self._moment = _EPOCH
+
+    def __call__(self, microseconds: tuple[int]) -> datetime:
+        if microseconds != self._known:
+            try:
+                self._moment = _EPOCH + timedelta(0, 0, microseconds[0])
+            except OverflowError:
+                self._moment = _LAST if microseconds[0] > 0 else _FIRST  # as asyncpg has them
+            self._known = microseconds
+        return self._moment
 
 
 async def _cancel_later(connecting: anyio.CancelScope) -> None:

@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from uuid import UUID
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from ...ids import AggregateId, uuid_of
-from ..reading import PageRequest
+from ..reading import DecodedRows, PageRequest
 from ..records import Append, AppendResult, ExpectedVersion, Read, decode_stored
 from .driver import Row
 from .schema import Schema, migrations
@@ -113,9 +113,11 @@ class Statements:
         self.newest = migrations()[-1].version
         self._pages: dict[tuple[bool, bool, bool, bool, bool], str] = {}
 
-    def page(self, request: PageRequest, low: int, high: int) -> tuple[str, tuple[object, ...]]:
+    def page(
+        self, request: PageRequest, low: int, high: int, limit: int
+    ) -> tuple[str, tuple[object, ...]]:
         """The statement of a page between two versions or positions, and its values."""
-        values: list[object] = [low, high, min(request.limit, LARGEST)]
+        values: list[object] = [low, high, min(limit, LARGEST)]
         if request.stream is not None:
             values += (request.stream[0], str(request.stream[1]))
         if request.event_types:
@@ -290,9 +292,12 @@ def aggregate_id_of(text: str) -> AggregateId:
     return text
 
 
-def decode_rows(rows: Sequence[Row]) -> list[Read]:
+def decode_rows(rows: Sequence[Row]) -> DecodedRows[Row]:
     """The events of rows that hold `_COLUMNS`."""
-    events: list[Read] = []
+    return DecodedRows(rows, _decoded)
+
+
+def _decoded(rows: Sequence[Row]) -> Iterator[Read]:
     known = ""
     aggregate_id: AggregateId = known
     for (
@@ -311,22 +316,19 @@ def decode_rows(rows: Sequence[Row]) -> list[Read]:
         if id_text != known:
             known = id_text
             aggregate_id = aggregate_id_of(known)
-        events.append(
-            decode_stored(
-                event_id,
-                event_type,
-                aggregate_id,
-                aggregate_type,
-                version,
-                position,
-                recorded_at,
-                occurred_at,
-                metadata,
-                schema_version,
-                payload,
-            )
+        yield decode_stored(
+            event_id,
+            event_type,
+            aggregate_id,
+            aggregate_type,
+            version,
+            position,
+            recorded_at,
+            occurred_at,
+            metadata,
+            schema_version,
+            payload,
         )
-    return events
 
 
 def by_id(rows: Sequence[Row]) -> dict[UUID, Read]:

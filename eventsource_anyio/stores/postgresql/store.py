@@ -363,12 +363,12 @@ class PostgreSQLEventStore(EventStore):
 
     async def _stream_page(self, state: _Opened, request: PageRequest) -> Page:
         low, high = _bounds(request)
-        statement, values = state.statements.page(request, low, high)
+        # One more says whether there are more, or a full page would cost a look for another one.
+        statement, values = state.statements.page(request, low, high, request.limit + 1)
         rows = await state.pool.fetch(statement, *values)
-        if len(rows) < request.limit:
+        if len(rows) <= request.limit:
             return Page(decode_rows(rows), 0, at_end=True)
-        resume = rows[-1][1] + (-1 if request.backwards else 1)
-        return Page(decode_rows(rows), resume, at_end=False)
+        return Page(decode_rows(rows[: request.limit]), rows[-1][1], at_end=False)
 
     async def _page(self, state: _Opened, request: PageRequest) -> Page:
         low, high = _bounds(request)
@@ -386,7 +386,7 @@ class PostgreSQLEventStore(EventStore):
             high = low + _SEARCHED_AT_MOST - 1
         rows: Sequence[Row] = []
         if low <= high:
-            statement, values = state.statements.page(request, low, high)
+            statement, values = state.statements.page(request, low, high, request.limit)
             rows = await state.pool.fetch(statement, *values)
         if len(rows) == request.limit:
             resume = rows[-1][0] + (-1 if request.backwards else 1)

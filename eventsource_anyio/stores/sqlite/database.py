@@ -12,7 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from time import time_ns
@@ -21,7 +21,7 @@ from uuid import UUID
 
 from ...errors import EventSourceError, StorageError
 from ...ids import AggregateId, slice_of, stream_id_of, uuid_of
-from ..reading import PageRequest
+from ..reading import DecodedRows, PageRequest
 from ..records import (
     EPOCH,
     Append,
@@ -416,29 +416,29 @@ def _slice_of(aggregate_type: str, column: str | bytes) -> int:
     return slice_of(stream_id_of(aggregate_type, aggregate_id))
 
 
-def decode_rows(rows: Sequence[Row]) -> list[Read]:
+def decode_rows(rows: Sequence[Row]) -> DecodedRows[Row]:
     """The events of rows, in the reader's own task, where its context variables are."""
+    return DecodedRows(rows, _decoded)
+
+
+def _decoded(rows: Sequence[Row]) -> Iterator[Read]:
     known, recorded_at = -1, EPOCH
-    events: list[Read] = []
     for row in rows:
         aggregate_id = row[2]
         if row[7] != known:
             known = row[7]
             recorded_at = from_microseconds(known)
         occurred_at = row[8]
-        events.append(
-            decode_stored(
-                uuid_of(row[4]),
-                row[5],
-                aggregate_id if isinstance(aggregate_id, str) else uuid_of(aggregate_id),
-                row[1],
-                row[3],
-                row[0],
-                recorded_at,
-                None if occurred_at is None else from_microseconds(occurred_at),
-                row[9],
-                row[6],
-                row[10],
-            )
+        yield decode_stored(
+            uuid_of(row[4]),
+            row[5],
+            aggregate_id if isinstance(aggregate_id, str) else uuid_of(aggregate_id),
+            row[1],
+            row[3],
+            row[0],
+            recorded_at,
+            None if occurred_at is None else from_microseconds(occurred_at),
+            row[9],
+            row[6],
+            row[10],
         )
-    return events
