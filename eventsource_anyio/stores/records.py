@@ -108,28 +108,26 @@ class Append(Struct, frozen=True, gc=False):
 
     def result(self, version: int, position: int, recorded_at: datetime) -> AppendResult:
         """The result, where the first event got this version and position and the rest follow."""
-        return AppendResult(
-            version + len(self.events) - 1,
-            position + len(self.events) - 1,
-            tuple(
-                [
-                    StoredEvent(
-                        encoded.event,
-                        encoded.event_id,
-                        encoded.event_type,
-                        self.aggregate_id,
-                        self.aggregate_type,
-                        version + offset,
-                        position + offset,
-                        recorded_at,
-                        encoded.occurred_at or recorded_at,
-                        encoded.metadata,
-                        encoded.schema_version,
-                    )
-                    for offset, encoded in enumerate(self.events)
-                ]
-            ),
-        )
+        offset = 0
+        stored: list[StoredEvent] = []
+        for encoded in self.events:
+            stored.append(
+                StoredEvent(
+                    encoded.event,
+                    encoded.event_id,
+                    encoded.event_type,
+                    self.aggregate_id,
+                    self.aggregate_type,
+                    version + offset,
+                    position + offset,
+                    recorded_at,
+                    encoded.occurred_at or recorded_at,
+                    encoded.metadata,
+                    encoded.schema_version,
+                )
+            )
+            offset += 1
+        return AppendResult(version + offset - 1, position + offset - 1, tuple(stored))
 
     def repeated(self, stored: Mapping[UUID, StoredEvent | EventDecodeError]) -> AppendResult:
         """The original result, if `stored` shows that this very append was made before.

@@ -80,10 +80,10 @@ class _Change:
     def __init__(self) -> None:
         self._event: anyio.Event | None = None
 
-    async def wait(self) -> None:
+    def wait(self) -> Awaitable[None]:
         if self._event is None:
             self._event = anyio.Event()
-        await self._event.wait()
+        return self._event.wait()
 
     def happened(self) -> None:
         event, self._event = self._event, None
@@ -157,15 +157,26 @@ class Lane:
                 self._queue(job)
         pause = _FIRST_PAUSE
         try:
-            answer = await self._outcome(job)
-            while answer.status == BUSY:
+            while True:
+                try:
+                    # One of many waits here, in no other coroutine of ours: they are what it costs.
+                    while not job.settled and job.batch.leader is not job:
+                        await job.batch.changed.wait()
+                    if not job.settled:
+                        await self._settled(job)
+                except BaseException as error:
+                    if not await self._done_all_the_same(job, error):
+                        raise
+                if job.error is not None:
+                    raise job.error
+                assert job.answer is not None
+                if job.answer.status != BUSY:
+                    return job.answer
                 # This job has its stream to itself now: those behind it are set aside.
                 await anyio.sleep(pause * (0.5 + random()))  # noqa: S311  (no secret)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 job.settled = False
                 self._enqueue(job)
-                answer = await self._outcome(job)
-            return answer
         finally:
             if self._aside:
                 self._bring_back(job)
@@ -262,29 +273,22 @@ class Lane:
 
     # The callers -------------------------------------------------------------------------------
 
-    async def _outcome(self, job: _Job) -> Answer:
-        try:
-            await self._settled(job)
-        except BaseException as error:
-            if not job.settled:
-                if not job.batch.sent:
-                    self._take_out(job)
-                    raise
-                if job.withdrawn:
-                    raise
-                with anyio.CancelScope(shield=True):
-                    await self._settled(job)
-            cancelled = isinstance(error, anyio.get_cancelled_exc_class())
-            scope_cancelled = anyio.current_effective_deadline() == -inf
-            stored = job.answer is not None and job.answer.status in (APPENDED, KNOWN)
-            if not (cancelled and scope_cancelled and (stored or job.unknown)):
-                raise
-            # It was stored, so that is the outcome, as if it had been shielded. The scope that was
-            # cancelled still is, and raises at the next checkpoint.
-        if job.error is not None:
-            raise job.error
-        assert job.answer is not None
-        return job.answer
+    async def _done_all_the_same(self, job: _Job, error: BaseException) -> bool:
+        """Whether it was stored, though its caller was cancelled, or may have been."""
+        if not job.settled:
+            if not job.batch.sent:
+                self._take_out(job)
+                return False
+            if job.withdrawn:
+                return False
+            with anyio.CancelScope(shield=True):
+                await self._settled(job)
+        cancelled = isinstance(error, anyio.get_cancelled_exc_class())
+        scope_cancelled = anyio.current_effective_deadline() == -inf
+        stored = job.answer is not None and job.answer.status in (APPENDED, KNOWN)
+        # If it was stored, that is the outcome, as if it had been shielded. The scope that was
+        # cancelled still is, and raises at the next checkpoint.
+        return cancelled and scope_cancelled and (stored or job.unknown)
 
     async def _settled(self, job: _Job) -> None:
         while not job.settled:

@@ -34,7 +34,7 @@ _EXPECTED = {
 }
 
 
-class Answer(Struct, frozen=True):
+class Answer(Struct, frozen=True, gc=False):
     """What became of one append: a status, the version of its stream before, and its positions."""
 
     status: int

@@ -36,7 +36,7 @@ from .group_commit import UNIQUE, Lane
 from .migrating import check, migrate
 from .pool import Pool
 from .schema import Schema
-from .statements import LARGEST, Statements, by_id, decode_rows
+from .statements import APPENDED, LARGEST, Statements, appended, by_id, decode_rows
 from .tail import Tail
 from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit, savepoint
 from .writing import outcome, write_at_once, write_steps
@@ -281,6 +281,8 @@ class PostgreSQLEventStore(EventStore):
         lane = state.lanes[hash((append.aggregate_type, append.aggregate_id)) % _LANES]
         for _ in range(_TRIES):
             answer = await lane.append(append)
+            if answer.status == APPENDED:
+                return (appended(append, answer),)
             try:
                 result = await outcome(state.pool.fetch, state.statements, append, answer)
             except DriverError as error:
