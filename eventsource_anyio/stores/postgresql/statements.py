@@ -226,12 +226,14 @@ def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tup
             numbers += [number] * count
             places += range(1, count + 1)
     # An array that is too short is filled up with NULL, so one that would hold nothing else is
-    # left empty.
+    # left empty, and one that would hold the same again and again is cut off.
+    kinds = [stream[0] for stream in streams]
+    types = [event.event_type for event in events]
     schema_versions = [event.schema_version for event in events]
     occurred = [event.occurred_at for event in events]
     metadata = [event.metadata_json for event in events]
     return (
-        [stream[0] for stream in streams],
+        _once(kinds),
         [stream[1] for stream in streams],
         same_as,
         [expected_number(append) for append in appends],
@@ -239,7 +241,7 @@ def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tup
         numbers,
         places,
         [event.event_id for event in events],
-        [event.event_type for event in events],
+        _once(types),
         [] if schema_versions.count(1) == len(events) else schema_versions,
         occurred if any(occurred) else [],
         metadata if any(metadata) else [],
@@ -247,6 +249,10 @@ def events_values(appends: Sequence[Append], *, wait: bool, atomic: bool) -> tup
         wait,
         atomic,
     )
+
+
+def _once(names: list[str]) -> list[str]:
+    return names[:1] if names.count(names[0]) == len(names) else names
 
 
 def event_answer(row: Row) -> Answer:
