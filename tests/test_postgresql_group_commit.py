@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from random import Random
 from time import perf_counter
 from typing import Any, Literal, Self
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import anyio
 import psycopg
@@ -250,6 +251,48 @@ async def test_concurrent_appends_share_transactions(
     assert LANES <= database.transactions("own %") <= 3 * LANES
     stored = {event.position: event async for event in store.read_all()}
     assert all(stored[result.position] == result.events[0] for result in results)
+
+
+@pytest.mark.parametrize("kinds", [["One"], ["One", "Two"]])
+@pytest.mark.parametrize("events", [[Happened], [Happened, lambda _: Ended()]])
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_batch_of_one_kind_and_one_of_several(
+    store: PostgreSQLEventStore, database: Database, kinds: Any, events: Any, count: int
+):
+    streams = [
+        (f"nr {number}", kinds[number % len(kinds)], [events[number % len(events)](number)] * count)
+        for number in range(20)
+    ]
+    calls = [
+        partial(store.append_events, aggregate_id, kind, those, NO_STREAM)
+        for aggregate_id, kind, those in streams
+    ]
+    results = await behind_the_gate(store, database, *calls)
+    assert database.transactions("nr %") <= 2 * LANES
+    for result, (aggregate_id, kind, those) in zip(results, streams, strict=True):
+        stream = await store.get_events(aggregate_id, kind)
+        assert [stored.event for stored in stream] == those
+        assert stream.events == result.events
+    assert_whole(database)
+
+
+def test_a_program_of_the_version_before_may_go_on(database: Database):
+    """It names the type of each stream and of each event."""
+    call = (
+        "SELECT statuses, versions FROM eventsource.append_events(%s, %s, '{}', %s, '{}', '{}', "
+        "'{}', %s, %s, '{}', '{}', '{}', %s, false, false)"
+    )
+    for expected, statuses in ((0, [0, 0]), (0, [2, 2]), (1, [0, 0])):
+        ids = [uuid4(), uuid4()]
+        values = (["One", "Two"], ["a", "a"], [expected] * 2, ids, ["X", "Y"], ["{}", "{}"])
+        assert database.rows(call, *values)[0][0] == statuses
+    stored = "SELECT aggregate_type, version, event_type FROM eventsource.events ORDER BY position"
+    assert database.rows(stored) == [
+        ("One", 1, "X"),
+        ("Two", 1, "Y"),
+        ("One", 2, "X"),
+        ("Two", 2, "Y"),
+    ]
 
 
 async def test_each_of_a_batch_has_an_outcome_of_its_own(
