@@ -23,7 +23,7 @@ from anyio.lowlevel import checkpoint
 from eventsource_anyio import EventStore, PostgreSQLEventStore, SQLiteEventStore
 from eventsource_anyio.projections.coordinator import ProjectionCoordinator
 from eventsource_anyio.projections.members import COLLECTION
-from eventsource_anyio.stores.postgresql import asyncpg_driver
+from eventsource_anyio.stores.postgresql import asyncpg_driver, libpq_driver
 from eventsource_anyio.stores.sqlite import database as sqlite_database
 from tests.read_models import SQLTotals, append
 
@@ -71,7 +71,7 @@ class Statements:
                 os._exit(KILLED)
 
     def hook(self) -> None:
-        """Into both drivers and SQLAlchemy, which are imported once for all processes."""
+        """Into all drivers and SQLAlchemy, which are imported once for all processes."""
         import asyncpg  # type: ignore[import-untyped]  # noqa: F401
         import sqlalchemy.dialects.postgresql.asyncpg
         import sqlalchemy.dialects.sqlite
@@ -81,9 +81,11 @@ class Statements:
 
         for name in ("before_cursor_execute", "commit", "begin", "rollback"):
             event.listen(Engine, name, self.count)
-        driver: Any = asyncpg_driver._Connection
-        for name in ("fetch", "run"):
-            setattr(driver, name, self._counted(getattr(driver, name)))
+        for driver in (asyncpg_driver, libpq_driver):
+            connection_class: Any = driver._Connection
+            for name in ("fetch", "run"):
+                counted = self._counted(getattr(connection_class, name))
+                setattr(connection_class, name, counted)
         sqlite: Any = sqlite_database.SQLiteDatabase
         connect = sqlite.connect
 

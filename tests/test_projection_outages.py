@@ -34,13 +34,14 @@ from tests.test_postgresql_failures import (
     Network,
     again,
     database,
+    driver,
     network,
     server,
     store,
     template,
 )
 
-__all__ = ["database", "network", "server", "store", "template"]
+__all__ = ["database", "driver", "network", "server", "store", "template"]
 
 # So few that an outage which counts as a failure of the handler stops the projection.
 SETTINGS = {"attempts": 2, "retry_after": 0.001, "batch_size": 20}
@@ -190,12 +191,12 @@ class Losing(Seen):
 
 @pytest.mark.parametrize("batch_seconds", [1.0, 1e-9], ids=["whole", "in part"])
 async def test_a_batch_whose_commit_was_not_answered_is_done_once(
-    network: Network, store: PostgreSQLEventStore, batch_seconds: float
+    database: Database, network: Network, store: PostgreSQLEventStore, batch_seconds: float
 ):
     """Of one that was committed in part the rest is not forgotten."""
     await append_numbers(store, 20)
     projection = Losing(network, 5, batch_seconds=batch_seconds, **SETTINGS)
-    async with PostgreSQLEventStore(network.dsn) as lossy:
+    async with database.store(network.dsn) as lossy:
         coordinator = ProjectionCoordinator(lossy, [projection], lease=600)
         async with running(coordinator):
             await until(lambda: network.silent)
@@ -215,7 +216,7 @@ async def until_committed(store: PostgreSQLEventStore, position: int) -> None:
 
 
 async def test_what_comes_after_a_parked_event_is_handled_though_no_answer_came(
-    network: Network, store: PostgreSQLEventStore
+    database: Database, network: Network, store: PostgreSQLEventStore
 ):
     for stream in ("a", "b", "c", "d"):
         await append_numbers(store, 2, stream)
@@ -229,7 +230,7 @@ async def test_what_comes_after_a_parked_event_is_handled_though_no_answer_came(
 
     projection = Parking(on_failure="park", attempts=2, retry_after=0.001)
     parked = ParkedRepository(store, "seen", 1)
-    async with PostgreSQLEventStore(network.dsn) as lossy:
+    async with database.store(network.dsn) as lossy:
         coordinator = ProjectionCoordinator(lossy, [projection], lease=600)
         async with running(coordinator):
             await until(lambda: network.silent)
