@@ -232,9 +232,9 @@ class PublishError(EventSourceError):
         if len(errors) > len(told):
             told.append(f"and {len(errors) - len(told)} more")
         what = "A handler has failed" if len(errors) == 1 else "Handlers have failed"
-        lines = "\n".join(f"  {line}" for line in told)
+        lines = "\n".join(f"  {line}." for line in told)
         super().__init__(
-            f"{what} that the events were published to:\n"
+            f"{what} that the events were published to.\n"
             f"{lines}\n"
             "  The events are stored, and everybody else has had them. Mend the handler; published "
             "again, they reach who has failed only.\n"

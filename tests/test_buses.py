@@ -182,9 +182,9 @@ async def test_a_failure_reaches_the_publisher_as_one_error(event_store: EventSt
     assert [repr(error) for error in caught.value.errors] == ["KeyError(1)", "KeyError(2)"]
     assert caught.value.__cause__ is caught.value.errors[0]
     assert str(caught.value) == (
-        "Handlers have failed that the events were published to:\n"
-        "  KeyError(1), in handler fail of eventsource_anyio.testing.Happened, Thing-a, version 1\n"
-        "  KeyError(2), in handler fail of eventsource_anyio.testing.Happened, Thing-a, version 2\n"
+        "Handlers have failed that the events were published to.\n"
+        f"  KeyError(1), in handler fail of {Happened.event_type}, Thing-a, version 1.\n"
+        f"  KeyError(2), in handler fail of {Happened.event_type}, Thing-a, version 2.\n"
         "  The events are stored, and everybody else has had them. Mend the handler; published "
         "again, they reach who has failed only.\n"
         "  A bus that is given on_failure=… tells that in place of the publisher."
@@ -224,7 +224,7 @@ async def test_what_is_published_again_reaches_those_who_have_failed(
 async def test_many_failures_are_told_shortly(event_store: EventStore):
     bus = InMemoryEventBus()
     bus.register(fail)
-    with pytest.raises(PublishError, match=r"(?s)KeyError\(10\).*\n  and 20 more\n") as caught:
+    with pytest.raises(PublishError, match=r"(?s)KeyError\(10\).*\n  and 20 more\.\n") as caught:
         await bus.publish(await stored(event_store, 30))
     assert len(caught.value.errors) == 30
     with pytest.raises(PublishError, match="A handler has failed"):

@@ -28,10 +28,25 @@ from eventsource_anyio import (
     StoreClosedError,
     errors,
 )
-from eventsource_anyio.errors import DocumentConflictError, ProjectionStoppedError
+from eventsource_anyio.errors import (
+    DocumentConflictError,
+    FellBehindError,
+    ProjectionStoppedError,
+    PublishError,
+)
 
 EVENT_ID = UUID("01998f20-0000-7000-8000-000000000007")
 REVISION = UUID("01998f20-0000-7000-8000-000000000008")
+
+
+class RefusedError(Exception):
+    """Of a handler; its copies are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RefusedError) and self.args == other.args
+
+    def __hash__(self) -> int:
+        return hash(self.args)
 
 
 def told(
@@ -176,6 +191,24 @@ ERRORS = [
         "Mend the handler and call coordinator.resume(), or await tasks.start(coordinator.run).",
         name="sales",
         version=2,
+    ),
+    told(
+        PublishError([RefusedError(1), RefusedError(2)]),
+        "Handlers have failed that the events were published to.",
+        "RefusedError(1).\n  RefusedError(2).",
+        "The events are stored, and everybody else has had them. Mend the handler; published "
+        "again, they reach who has failed only.\n"
+        "  A bus that is given on_failure=… tells that in place of the publisher.",
+        errors=(RefusedError(1), RefusedError(2)),
+    ),
+    told(
+        FellBehindError(3, 9),
+        "This receiver has missed events between the positions 4 and 9.",
+        "It was too slow: a bus keeps a bounded number of events, and waits for nobody.",
+        "Read them by store.subscribe(after=3) until its position is 9, or subscribe with "
+        "catch_up=store, which does so. Then go on receiving.",
+        after=3,
+        until=9,
     ),
     told(
         DuplicateEventError(EVENT_ID, "Shop-7", "it belongs to Shop-8, version 1"),
