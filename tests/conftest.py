@@ -64,3 +64,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
             pytest.fail(reason)
         pytest.skip(reason)
     return LOOPS[loop]
+
+
+@pytest.fixture
+def saved_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a projection has passed over is saved, for others to see, at once, not each second."""
+    monkeypatch.setattr("eventsource_anyio.projections.running._SKIPPED_FOR", 0.02)

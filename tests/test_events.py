@@ -689,7 +689,7 @@ def test_uuid7_never_repeats_and_follows_the_clock():
     assert all(type(one) is UUID for one in made)
 
 
-@pytest.mark.parametrize("text", ["a", "case 7/ü", "x" * 255, "1-2-3", uuid4().hex, "😀"])
+@pytest.mark.parametrize("text", ["a", "case 7/ü", "x" * 255, "1-2-3", UUID(int=3**80).hex, "😀"])
 def test_an_aggregate_id_of_text_stays_as_it_is(text):
     assert normalize_aggregate_id(text) == text
 

@@ -22,6 +22,8 @@ from tests.every_store import make_store, open_store, which_store
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 
 async def happen(store: EventStore) -> AppendResult:
     return await store.append_events("a", "Thing", [Happened(5)], ANY)

@@ -40,6 +40,8 @@ from tests.read_models import (
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 
 class Stuck(Seen):
     """Waits at an event until it is let go on."""

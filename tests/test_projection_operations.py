@@ -15,6 +15,7 @@ from eventsource_anyio.testing.samples import Ended, append_numbers
 
 from .every_store import make_store, open_store, which_store
 from .projecting import (
+    LEASE,
     NAME,
     PATIENCE,
     Broken,
@@ -30,6 +31,8 @@ from .projecting import (
 )
 
 __all__ = ["make_store", "open_elsewhere", "open_store", "which_store"]
+
+pytestmark = pytest.mark.usefixtures("saved_soon")
 
 
 # -- parked streams ---------------------------------------------------------------------------
@@ -241,8 +244,8 @@ async def test_rebuilds_while_others_run_and_append(
 ) -> None:
     """Two coordinators, each with a store of its own; events come all the time."""
     coordinators = [
-        ProjectionCoordinator(store, [Reacting(shards=shards)], lease=1),
-        ProjectionCoordinator(elsewhere, [Reacting(shards=shards)], lease=1),
+        ProjectionCoordinator(store, [Reacting(shards=shards)], lease=LEASE),
+        ProjectionCoordinator(elsewhere, [Reacting(shards=shards)], lease=LEASE),
     ]
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tasks:

@@ -36,6 +36,8 @@ from tests.read_models import (
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 
 def here(*coordinators: ProjectionCoordinator) -> list[int]:
     return [one.statistics()[0].shards_here for one in coordinators]

@@ -20,6 +20,7 @@ from eventsource_anyio.testing.samples import Happened, append_numbers
 
 from .every_store import make_store, open_store, which_store
 from .projecting import (
+    LEASE,
     NAME,
     PATIENCE,
     Broken,
@@ -35,6 +36,8 @@ from .projecting import (
 )
 
 __all__ = ["make_store", "open_elsewhere", "open_store", "which_store"]
+
+pytestmark = pytest.mark.usefixtures("saved_soon")
 
 
 def both(*, shards: tuple[int, int] = (1, 2)) -> list[Reacting]:
@@ -90,8 +93,8 @@ async def test_versions_take_over_while_others_run_and_append(
     store: EventStore, elsewhere: EventStore, shards: tuple[int, int]
 ) -> None:
     """Two coordinators run both; a third one, which runs nothing, promotes."""
-    here = ProjectionCoordinator(store, both(shards=shards), lease=0.6)
-    there = ProjectionCoordinator(elsewhere, both(shards=shards), lease=0.6)
+    here = ProjectionCoordinator(store, both(shards=shards), lease=LEASE)
+    there = ProjectionCoordinator(elsewhere, both(shards=shards), lease=LEASE)
     promoting = ProjectionCoordinator(store, both(shards=shards))
     done = False
 
@@ -131,9 +134,9 @@ async def test_who_waits_is_served_by_the_version_that_took_over(store: EventSto
 
 
 async def test_who_knows_only_the_old_version_does_not_wait_in_vain(store: EventStore) -> None:
-    old = ProjectionCoordinator(store, [Reacting(1)], lease=0.6)
+    old = ProjectionCoordinator(store, [Reacting(1)], lease=LEASE)
     await append_numbers(store, 3)
-    async with running(old, ProjectionCoordinator(store, [Reacting(2)], lease=0.6)):
+    async with running(old, ProjectionCoordinator(store, [Reacting(2)], lease=LEASE)):
         await ProjectionCoordinator(store, both()).promote(NAME, 2)
         with pytest.raises(ProjectionStoppedError):
             await old.wait_for(await add(store, "b", 1))
@@ -238,8 +241,8 @@ async def test_who_was_killed_promoting_can_go_on_or_give_up(
 
 
 async def test_several_may_promote_at_once(store: EventStore, elsewhere: EventStore) -> None:
-    here = ProjectionCoordinator(store, both(), lease=1)
-    there = ProjectionCoordinator(elsewhere, both(), lease=1)
+    here = ProjectionCoordinator(store, both(), lease=LEASE)
+    there = ProjectionCoordinator(elsewhere, both(), lease=LEASE)
     await append_numbers(store, 30)
     async with running(here, there):
         async with anyio.create_task_group() as tasks:
@@ -312,8 +315,8 @@ async def test_a_candidate_that_is_rebuilt_reacts_to_nothing(store: EventStore) 
 async def test_the_old_version_is_dropped_and_stays_so(
     store: EventStore, elsewhere: EventStore
 ) -> None:
-    here = ProjectionCoordinator(store, both(), lease=0.6)
-    there = ProjectionCoordinator(elsewhere, both(), lease=0.6)
+    here = ProjectionCoordinator(store, both(), lease=LEASE)
+    there = ProjectionCoordinator(elsewhere, both(), lease=LEASE)
     await append_numbers(store, 5)
     async with running(here, there):
         with pytest.raises(ValueError, match="version 1, cannot be dropped: it is the version"):
@@ -468,6 +471,7 @@ async def test_readers_see_no_error_and_no_partial_table(
             await coordinator.wait_for(200, "orders")
             tasks.start_soon(read)
             tasks.start_soon(append)
+            await seen_by_readers(1)
             await coordinator.promote("orders", 2, verify=verify)
             await seen_by_readers(2)
             await coordinator.drop("orders", 1)

@@ -113,19 +113,19 @@ class AsyncpgDriver(Driver):
         self._connect = connect
 
     async def connect(self) -> Connection:
-        connecting = anyio.CancelScope(shield=True)
+        connecting, grace = anyio.CancelScope(shield=True), anyio.CancelScope(shield=True)
         outcome: RawConnection | Exception | None = None
         # asyncpg, cancelled while it talks about TLS, complains to the event loop. So a cancelled
         # caller gives it a moment to finish.
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_cancel_later, connecting)
+                tasks.start_soon(_cancel_later, connecting, grace)
                 with connecting:
                     try:
                         outcome = await self._guest.run(self._connected())
                     except Exception as error:  # noqa: BLE001  (raised below, outside the group)
                         outcome = error
-                connecting.cancel()  # it is over: nobody need wait for it
+                grace.cancel()  # it is over: nobody need wait for it
                 tasks.cancel_scope.cancel()
         except BaseException:
             if outcome is not None and not isinstance(outcome, Exception):
@@ -174,14 +174,13 @@ class _Moments:
         return self._moment
 
 
-async def _cancel_later(connecting: anyio.CancelScope) -> None:
+async def _cancel_later(connecting: anyio.CancelScope, grace: anyio.CancelScope) -> None:
     try:
         await anyio.sleep_forever()
     finally:
-        if not connecting.cancel_called:
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(_GRACE)
-            connecting.cancel()
+        with grace:
+            await anyio.sleep(_GRACE)
+        connecting.cancel()
 
 
 class _Connection(Connection):
