@@ -28,13 +28,16 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("ci")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption(
         "--loop",
         action="append",
         choices=sorted(LOOPS),
         help="run async tests on this event loop; may be repeated (default: on all of them)",
     )
+    if not pluginmanager.hasplugin("xdist"):  # pytest -p no:xdist; the project's options stay
+        for name in ("--numprocesses", "--maxprocesses", "--dist"):
+            parser.addoption(name, help="of pytest-xdist, which is not there: has no effect")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

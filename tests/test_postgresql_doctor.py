@@ -745,7 +745,10 @@ def engine_by(pooler: PostgreSQLDatabases, database: str) -> AsyncEngine:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_the_doctor_finds_a_pooler_by_transaction(by_transaction, migrated, driver):
+async def test_the_doctor_finds_a_pooler_by_transaction(
+    by_transaction, migrated, driver, monkeypatch
+):
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.7)  # for a notification that does not come
     dsn = by_transaction.dsn(migrated)
     store = PostgreSQLEventStore(dsn, poll_every=0.25, driver=driver)
     for _ in range(2):  # the second time there are statements with its names
@@ -760,8 +763,9 @@ async def test_the_doctor_finds_a_pooler_by_transaction(by_transaction, migrated
 
 @one_loop
 async def test_the_doctor_sees_through_a_pooler_what_it_sees_without(
-    postgresql_dsn, by_transaction, migrated
+    postgresql_dsn, by_transaction, migrated, monkeypatch
 ):
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.7)
     straight = await PostgreSQLEventStore(postgresql_dsn).doctor()
     for _ in range(3):
         through = await PostgreSQLEventStore(by_transaction.dsn(migrated)).doctor()

@@ -529,6 +529,20 @@ class TestCancelling:
 
         assert await cancel_at_every_checkpoint(driver.connect, afterwards) > 0
 
+    async def test_who_is_cancelled_connecting_waits_no_longer_than_for_the_connection(
+        self, driver: Driver, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is given to a server that does not answer is not used up where one does."""
+        monkeypatch.setattr("eventsource_anyio.stores.postgresql.asyncpg_driver._GRACE", 40)
+
+        async def afterwards(connection: Connection | None) -> None:
+            if connection is not None:
+                await connection.close()
+
+        with anyio.fail_after(30):
+            assert await cancel_at_every_checkpoint(driver.connect, afterwards) > 0
+        await until(lambda: server.sessions() == 0)
+
 
 class TestLosing:
     async def test_a_connection_that_the_server_ends_while_it_is_idle(

@@ -201,6 +201,8 @@ def test_it_does_not_outlive_the_process_that_started_it(server, how):
     program = f"""if True:
         import signal
         from eventsource_anyio.testing.postgresql import PostgreSQLServer
+        # it is ignored where the tests run in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with PostgreSQLServer({str(next(iter(FOUND.values())))!r}) as server:
             pid = (server.directory / "data" / "postmaster.pid").read_text().split()[0]
             print(pid, server.directory, flush=True)

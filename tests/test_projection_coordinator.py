@@ -159,8 +159,8 @@ async def test_it_is_stopped_when_nothing_of_it_is_left(store: EventStore):
 async def test_what_is_finished_for_longer_than_the_lease_is_not_taken_over(store: EventStore):
     await append_numbers(store, 3)
     projection, other = Stuck(at=2), Seen()
-    one = ProjectionCoordinator(store, [projection], lease=LEASE)
-    two = ProjectionCoordinator(store, [other], lease=LEASE)
+    one = ProjectionCoordinator(store, [projection], lease=2 * LEASE)
+    two = ProjectionCoordinator(store, [other], lease=2 * LEASE)
     with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
             await tasks.start(one.run)
@@ -169,7 +169,7 @@ async def test_what_is_finished_for_longer_than_the_lease_is_not_taken_over(stor
             await tasks.start(two.run)
             (second,) = {*await coordinators(store)} - {first}
             one.stop()
-            await beats(store, second, 8)  # three to a lease
+            await beats(store, second, 5)  # three to a lease
             assert await owners(store) == {first}
             projection.go_on.set()
             await one.wait_stopped()
