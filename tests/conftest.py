@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from eventsource_anyio.testing.postgresql import PostgreSQLDatabases
 
 pytest_plugins = ["pytester"]
 
@@ -67,6 +71,27 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
             pytest.fail(reason)
         pytest.skip(reason)
     return LOOPS[loop]
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgresql_server: PostgreSQLDatabases) -> str:
+    """The name of a database that has the tables and to which nobody is connected."""
+    import psycopg
+
+    from eventsource_anyio.stores.postgresql import migration_sql
+
+    dsn = postgresql_server.create_database()
+    with psycopg.connect(dsn, autocommit=True) as session:
+        session.execute(migration_sql().encode())
+    return dsn.partition("?")[0].rpartition("/")[2]
+
+
+@pytest.fixture
+def migrated_dsn(postgresql_server: PostgreSQLDatabases, migrated_template: str) -> Iterator[str]:
+    """The DSN of a PostgreSQL database with the tables of a store, dropped after the test."""
+    dsn = postgresql_server.create_database(migrated_template)
+    yield dsn
+    postgresql_server.drop_database(dsn)
 
 
 @pytest.fixture

@@ -31,8 +31,7 @@ async def make_store(
         return lambda: one
     if which == "SQLite":
         return lambda: SQLiteEventStore(tmp_path / "events.db", synchronous="NORMAL")
-    dsn: str = request.getfixturevalue("postgresql_dsn")
-    await PostgreSQLEventStore(dsn).migrate()
+    dsn: str = request.getfixturevalue("migrated_dsn")
     return lambda: PostgreSQLEventStore(dsn)
 
 

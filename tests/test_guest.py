@@ -878,6 +878,9 @@ def test_ctrl_c_ends_the_coroutine_and_then_the_program(interrupt):
         import asyncio, signal, trio
         from eventsource_anyio.guest import Guest
 
+        # it is ignored where the tests run in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         async def work():
             try:
                 {interrupt}

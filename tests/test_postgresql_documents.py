@@ -24,11 +24,9 @@ CALL = "SELECT conflict, actual FROM eventsource.write_documents(%s, %s, %s, %s,
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
 async def store(
-    postgresql_dsn: str, request: pytest.FixtureRequest
+    migrated_dsn: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[PostgreSQLEventStore]:
-    store = PostgreSQLEventStore(postgresql_dsn, driver=request.param)
-    await store.migrate()
-    async with store:
+    async with PostgreSQLEventStore(migrated_dsn, driver=request.param) as store:
         yield store
 
 
@@ -58,8 +56,8 @@ class Session:
 
 
 @pytest.fixture
-def other(postgresql_dsn: str) -> Iterator[Session]:
-    session = Session(postgresql_dsn)
+def other(migrated_dsn: str) -> Iterator[Session]:
+    session = Session(migrated_dsn)
     with session.connection:
         yield session
 
@@ -72,7 +70,7 @@ async def until_somebody_waits(session: Session, count: int = 1) -> None:
 
 @pytest.mark.parametrize("kind", ["add", "save", "delete", "rolled back"])
 async def test_what_another_commits_while_it_is_waited_for_is_compared(
-    store: PostgreSQLEventStore, other: Session, postgresql_dsn: str, kind: str
+    store: PostgreSQLEventStore, other: Session, migrated_dsn: str, kind: str
 ) -> None:
     first = None if kind == "add" else await store.documents.add("c", "m", 1)
     outcomes: list[UUID | DocumentConflictError] = []
@@ -99,7 +97,7 @@ async def test_what_another_commits_while_it_is_waited_for_is_compared(
         revision = other.save("m", "3")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write)
-        watching = Session(postgresql_dsn)
+        watching = Session(migrated_dsn)
         with watching.connection:
             await until_somebody_waits(watching)
         other.ask("ROLLBACK" if kind == "rolled back" else "COMMIT")
@@ -116,13 +114,13 @@ async def test_what_another_commits_while_it_is_waited_for_is_compared(
 
 
 async def test_an_add_that_another_rolls_back_is_made(
-    store: PostgreSQLEventStore, other: Session, postgresql_dsn: str
+    store: PostgreSQLEventStore, other: Session, migrated_dsn: str
 ) -> None:
     other.ask("BEGIN")
     other.save("m", "3")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(store.documents.add, "c", "m", 2)
-        watching = Session(postgresql_dsn)
+        watching = Session(migrated_dsn)
         with watching.connection:
             await until_somebody_waits(watching)
         other.ask("ROLLBACK")
@@ -132,7 +130,7 @@ async def test_an_add_that_another_rolls_back_is_made(
 @pytest.mark.parametrize("compared", [False, True])
 @pytest.mark.parametrize("there", [False, True])
 async def test_two_that_take_two_documents_in_opposite_order_do_not_deadlock(
-    store: PostgreSQLEventStore, other: Session, postgresql_dsn: str, there: bool, compared: bool
+    store: PostgreSQLEventStore, other: Session, migrated_dsn: str, there: bool, compared: bool
 ) -> None:
     """Both are held up at the first of their documents, and go on at the same time."""
     if there:
@@ -153,7 +151,7 @@ async def test_two_that_take_two_documents_in_opposite_order_do_not_deadlock(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(write, "a", "b")
             tasks.start_soon(write, "b", "a")
-            watching = Session(postgresql_dsn)
+            watching = Session(migrated_dsn)
             with watching.connection:
                 await until_somebody_waits(watching, 2)
             other.save("b", "7")  # neither of them holds it
@@ -163,12 +161,10 @@ async def test_two_that_take_two_documents_in_opposite_order_do_not_deadlock(
 
 
 async def test_in_the_users_transaction_a_conflict_leaves_it_to_the_user(
-    postgresql_dsn: str,
+    migrated_dsn: str,
 ) -> None:
-    engine = create_async_engine(postgresql_dsn.replace("postgresql://", "postgresql+asyncpg://"))
-    store = PostgreSQLEventStore(engine)
-    await store.migrate()
-    async with store:
+    engine = create_async_engine(migrated_dsn.replace("postgresql://", "postgresql+asyncpg://"))
+    async with PostgreSQLEventStore(engine) as store:
         first = await store.documents.add("c", "a", 1)
         seen: list[object] = []
 

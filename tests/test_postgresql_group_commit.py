@@ -29,9 +29,8 @@ from eventsource_anyio import (
     StorageError,
     StoreClosedError,
 )
-from eventsource_anyio.stores.postgresql import PostgreSQLEventStore, group_commit, migration_sql
+from eventsource_anyio.stores.postgresql import PostgreSQLEventStore, group_commit
 from eventsource_anyio.testing import cancel_at_every_checkpoint
-from eventsource_anyio.testing.postgresql import PostgreSQLDatabases
 from eventsource_anyio.testing.samples import Ended, Happened, numbers
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
@@ -147,26 +146,13 @@ def held(database: Database, stream: str) -> Iterator[psycopg.Connection]:
         session.rollback()
 
 
-@pytest.fixture(scope="session")
-def template(postgresql_server: PostgreSQLDatabases) -> Iterator[str]:
-    """The name of a database that has the tables and to which nobody is connected."""
-    dsn = postgresql_server.create_database()
-    with psycopg.connect(dsn, autocommit=True) as session:
-        session.execute(migration_sql().encode())
-    yield dsn.partition("?")[0].rpartition("/")[2]
-    postgresql_server.drop_database(dsn)
-
-
 @pytest.fixture(params=["asyncpg", "psycopg"])
-def database(
-    request: pytest.FixtureRequest, postgresql_server: PostgreSQLDatabases, template: str
-) -> Iterator[Database]:
-    dsn = postgresql_server.create_database(template)
+def database(request: pytest.FixtureRequest, migrated_dsn: str) -> Iterator[Database]:
+    dsn = migrated_dsn
     # asyncpg, cancelled natively while it talks about TLS, complains to asyncio's loop.
     database = Database(f"{dsn}{'&' if '?' in dsn else '?'}sslmode=disable", request.param)
     with database.sessions:
         yield database
-    postgresql_server.drop_database(dsn)
 
 
 @pytest.fixture

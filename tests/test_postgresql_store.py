@@ -17,19 +17,15 @@ from eventsource_anyio.testing.samples import Happened
 
 class TestAsyncpg(EventStoreContract):
     @pytest.fixture
-    async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
-        store = PostgreSQLEventStore(postgresql_dsn, driver="asyncpg")
-        await store.migrate()
-        async with store:
+    async def store(self, migrated_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
+        async with PostgreSQLEventStore(migrated_dsn, driver="asyncpg") as store:
             yield store
 
 
 class TestLibpq(EventStoreContract):
     @pytest.fixture
-    async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
-        store = PostgreSQLEventStore(postgresql_dsn, driver="psycopg")
-        await store.migrate()
-        async with store:
+    async def store(self, migrated_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
+        async with PostgreSQLEventStore(migrated_dsn, driver="psycopg") as store:
             yield store
 
 

@@ -46,6 +46,8 @@ pytestmark = pytest.mark.usefixtures("saved_soon")
 class Stuck(Seen):
     """Waits at an event until it is let go on."""
 
+    batch_seconds = 600  # however long that takes
+
     def __init__(self, at: int, **settings: object) -> None:
         super().__init__(**settings)
         self.at = at
@@ -237,7 +239,7 @@ async def test_storage_that_fails_when_it_starts_is_a_plain_error(
             connection.execute("DROP TABLE documents")
             connection.close()
         elif isinstance(store, PostgreSQLEventStore):
-            with psycopg.connect(request.getfixturevalue("postgresql_dsn")) as session:
+            with psycopg.connect(request.getfixturevalue("migrated_dsn")) as session:
                 session.execute("DROP TABLE eventsource.documents")
         else:
             pytest.skip("memory does not fail")

@@ -20,8 +20,6 @@ class TestSQLite(SQLTransactContract):
 
 class TestPostgreSQL(SQLTransactContract):
     @pytest.fixture
-    async def store(self, postgresql_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
-        store = PostgreSQLEventStore(postgresql_dsn)
-        await store.migrate()
-        async with store:
+    async def store(self, migrated_dsn: str) -> AsyncIterator[PostgreSQLEventStore]:
+        async with PostgreSQLEventStore(migrated_dsn) as store:
             yield store
