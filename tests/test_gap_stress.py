@@ -69,21 +69,31 @@ async def assert_ended(dsn: str) -> None:
     assert not ask(dsn, "SELECT to_regnamespace('scratch') IS NOT NULL")
 
 
-async def run_broken(dsn: str, broken: str, transactions: int = 2) -> GapStressResult:
-    """The result of a small run with a store that this was done to."""
-    await PostgreSQLEventStore(dsn, schema="scratch").migrate()
-    ask(dsn, broken)
-    result = await gap_stress(
-        dsn,
-        schema="scratch",
-        seconds=1.5,
-        processes=2,
-        tasks=8,
-        transactions=transactions,
-        hold=0.25,
-        terminate=False,
-        patience=1,
-    )
+async def run_broken(
+    dsn: str, broken: str, shown: Callable[[GapStressResult], bool], transactions: int = 2
+) -> GapStressResult:
+    """The result of a small run with a store that this was done to.
+
+    What it is to show is a matter of chance, and a matter of time on a busy machine.
+    """
+    for _ in range(5):
+        ask(dsn, "DROP SCHEMA IF EXISTS scratch CASCADE")
+        await PostgreSQLEventStore(dsn, schema="scratch").migrate()
+        ask(dsn, broken)
+        result = await gap_stress(
+            dsn,
+            schema="scratch",
+            seconds=1,
+            processes=2,
+            tasks=8,
+            transactions=transactions,
+            hold=0.25,
+            terminate=False,
+            patience=1,
+        )
+        if shown(result):
+            break
+    assert shown(result), str(result)
     assert result.failed
     assert not result.ok
     return result
@@ -91,13 +101,17 @@ async def run_broken(dsn: str, broken: str, transactions: int = 2) -> GapStressR
 
 @on_asyncio
 async def test_no_subscriber_misses_an_event(postgresql_dsn: str):
-    result = await gap_stress(postgresql_dsn, schema="scratch", seconds=4, hold=0.5)
+    for seconds in (3, 6, 12):  # until it has shown something, which depends on the machine
+        result = await gap_stress(postgresql_dsn, schema="scratch", seconds=seconds, hold=0.5)
+        assert not result.failed, str(result)
+        assert result.left_out == ()
+        assert [one.loop for one in result.subscribers] == ["asyncio", "uvloop", "trio"]
+        assert {one.delivered for one in result.subscribers} == {result.committed}
+        await assert_ended(postgresql_dsn)
+        if min(result.rolled_back, result.killed, result.gaps) > 0:
+            break
     assert result.ok, str(result)
-    assert result.left_out == ()
-    assert [one.loop for one in result.subscribers] == ["asyncio", "uvloop", "trio"]
-    assert {one.delivered for one in result.subscribers} == {result.committed}
     assert min(result.committed, result.rolled_back, result.killed, result.gaps) > 0
-    await assert_ended(postgresql_dsn)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +128,25 @@ async def test_no_subscriber_misses_an_event(postgresql_dsn: str):
 async def test_it_fails_where_the_order_is_broken(postgresql_dsn: str, broken: str):
     # As long as a transaction holds its appends, nobody passes those that are announced too late.
     transactions = 0 if broken is ANNOUNCED_TOO_LATE else 2
-    result = await run_broken(postgresql_dsn, broken, transactions)
-    assert result.lost > 0, str(result)
+
+    def shown(result: GapStressResult) -> bool:
+        of_versions = broken is POSITIONS_FROM_CACHES
+        return result.lost > 0 and (result.out_of_version > 0 or not of_versions)
+
+    result = await run_broken(postgresql_dsn, broken, shown, transactions)
     # What is wrong with the readers is not taken for something wrong in the table.
     assert (result.broken, result.torn) == (0, 0)
-    if broken is POSITIONS_FROM_CACHES:
-        assert result.out_of_version > 0
     assert ask(postgresql_dsn, "SELECT count(*) FROM scratch.events") == result.committed
     assert not ask(postgresql_dsn, "SELECT to_regclass('scratch.gap_stress') IS NOT NULL")
 
 
 @on_asyncio
 async def test_it_fails_where_acknowledged_events_are_not_there(postgresql_dsn: str):
-    result = await run_broken(postgresql_dsn, EVENTS_DISAPPEAR)
-    assert min(result.broken, result.torn, result.out_of_version) > 0, str(result)
+    await run_broken(
+        postgresql_dsn,
+        EVENTS_DISAPPEAR,
+        lambda result: min(result.broken, result.torn, result.out_of_version) > 0,
+    )
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
