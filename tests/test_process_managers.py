@@ -41,6 +41,8 @@ from tests.every_store import make_store, open_store, which_store
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 SIXTY_DAYS = timedelta(days=60)
 
 
@@ -187,7 +189,7 @@ async def quiet(store: EventStore, *coordinators: ProjectionCoordinator) -> None
 
 async def run_until_quiet(store: EventStore, manager: Orders) -> None:
     coordinator = ProjectionCoordinator(store, [manager])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await quiet(store, coordinator)
@@ -196,7 +198,7 @@ async def run_until_quiet(store: EventStore, manager: Orders) -> None:
 
 async def seen(store: EventStore, kind: type[DomainEvent], count: int) -> list[StoredEvent]:
     """Wait until there are so many events of a kind; then they are all that there are."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with store.subscribe() as subscription:
             found: list[StoredEvent] = []
             async for event in subscription:
@@ -242,7 +244,7 @@ async def test_each_event_has_its_consequences_once(store: EventStore) -> None:
     await place(store, *names[:6])
     manager = orders(store)
     coordinator = ProjectionCoordinator(store, [manager])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await place(store, *names[6:])
@@ -304,7 +306,7 @@ async def test_events_of_one_process_in_a_batch_see_each_other(store: EventStore
 async def test_a_version_that_does_not_serve_reacts_to_nothing(store: EventStore) -> None:
     names = ["a", "b", "c"]
     coordinator = ProjectionCoordinator(store, [orders(store), orders(store, version=2)])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await place(store, *names)
@@ -449,7 +451,7 @@ async def test_two_coordinators_of_one_store(store: EventStore) -> None:
     coordinators = [
         ProjectionCoordinator(store, [orders(store, shards=4)], lease=1) for _ in range(2)
     ]
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             for coordinator in coordinators:
                 await tasks.start(coordinator.run)
@@ -499,7 +501,7 @@ async def test_a_command_where_another_writer_gets_ahead(store: EventStore) -> N
 async def test_a_timer_fires_once_when_it_is_due(store: EventStore) -> None:
     clock = ManualClock()
     coordinator = ProjectionCoordinator(store, [orders(store, clock=clock, look_every=60.0)])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await place(store, "a", "b")
@@ -527,7 +529,7 @@ async def test_timers_survive_a_restart(store: EventStore) -> None:
     clock = ManualClock()
     clock.advance(SIXTY_DAYS * 2)
     coordinator = ProjectionCoordinator(store, [orders(store, clock=clock, look_every=60.0)])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             fired = await seen(store, Overdue, 150)
@@ -545,7 +547,7 @@ async def test_of_two_that_fire_one_wins(store: EventStore) -> None:
     await run_until_quiet(store, orders(store))
     clock = ManualClock()
     managers = [orders(store, clock=clock, look_every=60.0) for _ in range(3)]
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             for manager in managers:
                 tasks.start_soon(manager.background)
@@ -565,7 +567,7 @@ async def test_firing_cancelled_anywhere_and_done_again(store: EventStore) -> No
     clock = ManualClock()
     clock.advance(SIXTY_DAYS * 2)
     steps = 1.0
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while await timers(store) != (0, 0):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(orders(store, clock=clock).background)
@@ -600,7 +602,7 @@ async def test_timers_of_one_instant_and_those_taken_back(store: EventStore) -> 
     """Set, replaced and cancelled, in the transaction that set them and in a later one."""
     clock = ManualClock(datetime(2018, 1, 1, tzinfo=UTC))
     coordinator = ProjectionCoordinator(store, [orders(store, Named, clock=clock)])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await coordinator.wait_for(await place(store, "a"))
@@ -625,7 +627,7 @@ async def test_a_timer_that_is_due_already_fires_at_once(store: EventStore) -> N
 
     manager = orders(store, AtOnce, clock=SystemClock(), look_every=1000.0)
     coordinator = ProjectionCoordinator(store, [manager])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             for number in range(1, 4):
@@ -638,7 +640,7 @@ async def test_a_timer_set_elsewhere_is_noticed(store: EventStore) -> None:
     clock = ManualClock()
     clock.advance(SIXTY_DAYS * 2)
     here = orders(store, clock=clock)
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(here.background)
             await anyio.wait_all_tasks_blocked()
@@ -667,7 +669,7 @@ async def test_a_timer_that_fires_while_it_is_cancelled(store: EventStore) -> No
 
     clock = ManualClock()
     coordinator = ProjectionCoordinator(store, [orders(store, Late, clock=clock)])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             await place(store, "a")
@@ -691,7 +693,7 @@ async def test_one_that_cannot_be_fired_delays_no_other(
     await store.documents.save(collection, first.key, {**first.value, "event_type": "unknown"})
     clock = ManualClock()
     clock.advance(SIXTY_DAYS * 2)
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(orders(store, clock=clock).background)
             await seen(store, Overdue, 2)
@@ -726,7 +728,7 @@ async def test_a_timer_that_is_cancelled_while_it_fires() -> None:
         store.cancelled = False
         clock = ManualClock()
         clock.advance(SIXTY_DAYS * 2)
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(orders(store, clock=clock).background)
                 (fired,) = await seen(store, Overdue, 1)
@@ -766,7 +768,7 @@ async def test_storage_that_is_away_is_waited_for() -> None:
 async def stopped_by(store: EventStore, manager: Orders) -> BaseException | None:
     """What a manager is stopped by, once an order is placed."""
     coordinator = ProjectionCoordinator(store, [manager])
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             await tasks.start(coordinator.run)
             with pytest.raises(ProjectionStoppedError) as stopped:

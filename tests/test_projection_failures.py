@@ -45,6 +45,8 @@ from tests.read_models import (
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 
 class Failing:
     """Fails before one of so many events, at random, and between them."""

@@ -28,6 +28,8 @@ from tests.every_store import make_store, open_store, which_store
 
 __all__ = ["make_store", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("saved_soon")
+
 V = TypeVar("V")
 
 
