@@ -208,7 +208,7 @@ async def test_a_paused_process_can_write_nothing_once_it_was_taken_over(
     """It goes on with what it had at hand, and all of it is refused."""
     await create_tables(store)
     shards = ShardRepository(store, "totals", 1)
-    over = False
+    over, written = False, anyio.Event()
 
     async def write() -> None:
         number = 0
@@ -216,6 +216,7 @@ async def test_a_paused_process_can_write_nothing_once_it_was_taken_over(
             await append(store, 5, 1, first=number)
             number += 1
             await anyio.sleep(0.02)
+        written.set()
 
     async def owners() -> set[str | None]:
         return {shard.owner for shard in await shards.all()}
@@ -246,6 +247,7 @@ async def test_a_paused_process_can_write_nothing_once_it_was_taken_over(
                     assert not await owners() & before
                     assert heir in await owners()
                     over = True
+                    await written.wait()
                     await handled_all(store)
                     assert leader.process.returncode is other.process.returncode is None
     assert await assert_totals(store) > 0

@@ -36,8 +36,6 @@ from tests.read_models import (
 
 __all__ = ["make_store", "open_store", "which_store"]
 
-pytestmark = pytest.mark.usefixtures("saved_soon")
-
 
 def here(*coordinators: ProjectionCoordinator) -> list[int]:
     return [one.statistics()[0].shards_here for one in coordinators]
@@ -173,6 +171,7 @@ async def test_shards_that_stand_apart_are_split_and_joined_later(store: EventSt
         assert here(coordinator) == [3]
 
 
+@pytest.mark.usefixtures("saved_soon")
 async def test_coordinators_of_different_opinions_on_the_number_of_shards(store: EventStore):
     """While a new version of the program is rolled out."""
     old = [ProjectionCoordinator(store, [Seen(shards=4)], lease=LEASE) for _ in range(2)]
