@@ -535,7 +535,9 @@ def test_both_stores_answer_the_same(anyio_backend: tuple[str, dict[str, Any]]) 
         backend = anyio_backend
 
     # The examples are the same on every loop: the stores are compared on one, and the loops by few.
-    few = (
-        {} if anyio_backend == LOOPS["asyncio"] else {"max_examples": settings().max_examples // 5}
+    examples = settings().max_examples
+    if anyio_backend != LOOPS["asyncio"]:
+        examples //= 5
+    run_state_machine_as_test(
+        StoresOnThisLoop, settings=settings(stateful_step_count=40, max_examples=examples)
     )
-    run_state_machine_as_test(StoresOnThisLoop, settings=settings(stateful_step_count=40, **few))
