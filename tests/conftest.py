@@ -74,7 +74,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def migrated_template(postgresql_server: PostgreSQLDatabases) -> str:
+def migrated_template(postgresql_server: PostgreSQLDatabases) -> Iterator[str]:
     """The name of a database that has the tables and to which nobody is connected."""
     import psycopg
 
@@ -83,7 +83,8 @@ def migrated_template(postgresql_server: PostgreSQLDatabases) -> str:
     dsn = postgresql_server.create_database()
     with psycopg.connect(dsn, autocommit=True) as session:
         session.execute(migration_sql().encode())
-    return dsn.partition("?")[0].rpartition("/")[2]
+    yield dsn.partition("?")[0].rpartition("/")[2]
+    postgresql_server.drop_database(dsn)
 
 
 @pytest.fixture
