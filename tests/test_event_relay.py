@@ -213,7 +213,7 @@ async def test_a_slow_delivery_holds_up_nobody(
                 async with anything.transaction() as tx:
                     await tx.execute(text("CREATE TABLE elsewhere (number INTEGER)"))
         if which == "PostgreSQL":
-            await _assert_no_open_transactions(request.getfixturevalue("postgresql_dsn"))
+            await _assert_no_open_transactions(request.getfixturevalue("migrated_dsn"))
         go_on.set()
         await coordinator.wait_for(await store.last_position())
 

@@ -42,7 +42,7 @@ def which(request: pytest.FixtureRequest) -> str:
 def database(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if which == "SQLite":
         return str(tmp_path / "events.db")
-    return str(request.getfixturevalue("postgresql_dsn"))
+    return str(request.getfixturevalue("migrated_dsn"))
 
 
 class Worker:
