@@ -4,8 +4,8 @@
   has a sequence of its own and no trigger.
 - Each row is made as any user of asyncpg has to make it: a new uuid7 and the event encoded by
   msgspec, in the task that wants the row stored.
-- The claims are held to `INSERT`: one statement that asyncpg has prepared before, a transaction of
-  its own. Nothing is checked, and nothing is answered.
+- The limit is `INSERT`: one statement that asyncpg has prepared before, a transaction of its own,
+  with `unnest` where an append is of several events. Nothing is checked, and nothing is answered.
 - Two more are told. `append_event` is our store's function, a transaction a row, so that what is
   left between it and the store is the grouping of appends. `checked transaction` is what one writes
   who needs the version checked: BEGIN, the stream's version, INSERT, COMMIT.
@@ -16,6 +16,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from decimal import Decimal
+from itertools import count
 from time import perf_counter
 from typing import Any, TypeAlias, cast
 
@@ -25,11 +27,10 @@ import msgspec
 
 from eventsource_anyio.ids import uuid7
 
-from .events import PLACED
-from .suite import Measured
+from .events import PLACED, Placed
+from .suite import Found, per_second
 
 CONNECTIONS = 20
-BATCH = 100
 
 TABLE = """
 CREATE SCHEMA bare;
@@ -62,32 +63,40 @@ FROM unnest($3::bigint[], $4::uuid[], $5::int[], $6::text[], $7::text[])
 
 Row: TypeAlias = tuple[object, ...]
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Placed).decode
+_PAGE = 1000
 
 
 def _row(stream: str, version: int) -> Row:
     return (version, None, uuid7(), 1, "Placed", "Order", stream, None, _encode(PLACED).decode())
 
 
-def _rows(stream: str, first: int) -> Row:
+def _rows(stream: str, first: int, events: int) -> Row:
     """The columns of a batch."""
     return (
         "Order",
         stream,
-        list(range(first, first + BATCH)),
-        [uuid7() for _ in range(BATCH)],
-        [1] * BATCH,
-        ["Placed"] * BATCH,
-        [_encode(PLACED).decode() for _ in range(BATCH)],
+        list(range(first, first + events)),
+        [uuid7() for _ in range(events)],
+        [1] * events,
+        ["Placed"] * events,
+        [_encode(PLACED).decode() for _ in range(events)],
     )
 
 
+def _made(stream: str, first: int, events: int) -> Row:
+    return _row(stream, first) if events == 1 else _rows(stream, first, events)
+
+
 @asynccontextmanager
-async def _connections(dsn: str, count: int, way: str = "INSERT") -> AsyncIterator[Sequence[Any]]:
+async def _connections(
+    dsn: str, how_many: int, way: str, events: int
+) -> AsyncIterator[Sequence[Any]]:
     """Connections that have prepared what they are going to say."""
-    connections: list[Any] = [await asyncpg.connect(dsn) for _ in range(count)]
+    connections: list[Any] = [await asyncpg.connect(dsn) for _ in range(how_many)]
     try:
-        for number, connection in enumerate(connections, 1):
-            await WAYS[way](connection, _row("warm", number))
+        for number, connection in enumerate(connections):
+            await WAYS[way](connection, _made("warm", 1 + number * events, events))
         yield connections
     finally:
         for connection in connections:
@@ -95,7 +104,7 @@ async def _connections(dsn: str, count: int, way: str = "INSERT") -> AsyncIterat
 
 
 async def _insert(connection: Any, row: Row) -> None:
-    await connection.fetch(INSERT, *row)
+    await connection.fetch(INSERT if isinstance(row[0], int) else INSERT_UNNEST, *row)
 
 
 async def _append_event(connection: Any, row: Row) -> None:
@@ -117,30 +126,42 @@ async def _checked(connection: Any, row: Row) -> None:
 WAYS: Mapping[str, Callable[[Any, Row], Awaitable[None]]] = {
     "checked transaction": _checked,
     "append_event": _append_event,
-    "INSERT": _insert,  # the last, so that it stands next to ours
+    "INSERT": _insert,
 }
 
 
-async def one_by_one(dsn: str, seconds: float, way: str) -> Measured:
-    """One task, one row after another, each a transaction."""
+async def appends(
+    dsn: str, tasks: int, events: int, contended: bool, seconds: float, way: str = "INSERT"
+) -> Found:
+    if tasks == 1:
+        return await _one_by_one(dsn, events, seconds, way)
+    return await _queue(dsn, tasks, events, contended, seconds, way)
+
+
+async def _one_by_one(dsn: str, events: int, seconds: float, way: str) -> Found:
+    """One task, one append after another, each a transaction."""
     store = WAYS[way]
-    async with _connections(dsn, 1, way) as (connection,):
+    async with _connections(dsn, 1, way, events) as (connection,):
         done = 0
         begun = perf_counter()
         while (now := perf_counter()) < begun + seconds:
-            done += 1
-            await store(connection, _row("order-0", done))
-        return done, now - begun
+            await store(connection, _made("order-0", done + 1, events))
+            done += events
+        return per_second(done, now - begun)
 
 
-async def queue(dsn: str, tasks: int, seconds: float, way: str) -> Measured:
-    """Many tasks before a queue that is served by 20 connections, a transaction a row.
+async def _queue(
+    dsn: str, tasks: int, events: int, contended: bool, seconds: float, way: str
+) -> Found:
+    """Many tasks before a queue that is served by 20 connections, a transaction an append.
 
-    Each task awaits its own row, as an append has to be awaited, before it makes the next one.
+    Each task awaits its own rows, as an append has to be awaited, before it makes the next ones.
+    Versions of one stream are counted here, as no two processes could.
     """
     store = WAYS[way]
     loop = asyncio.get_running_loop()
     waiting: asyncio.Queue[tuple[Row, asyncio.Future[None]]] = asyncio.Queue()
+    versions = count(1, events)
 
     async def serve(connection: Any) -> None:
         while True:
@@ -152,15 +173,20 @@ async def queue(dsn: str, tasks: int, seconds: float, way: str) -> Measured:
 
     async def append(number: int) -> None:
         nonlocal done
-        version = 0
-        while perf_counter() < begun + seconds:
-            version += 1
+        own = count(1, events)
+        first = True
+        while first or perf_counter() < begun + seconds:
+            first = False
             stored: asyncio.Future[None] = loop.create_future()
-            waiting.put_nowait((_row(f"order-{number}", version), stored))
+            if contended:
+                row = _made("order", next(versions), events)
+            else:
+                row = _made(f"order-{number}", next(own), events)
+            waiting.put_nowait((row, stored))
             await stored
-            done += 1
+            done += events
 
-    async with _connections(dsn, CONNECTIONS, way) as connections:
+    async with _connections(dsn, CONNECTIONS, way, events) as connections:
         async with anyio.create_task_group() as servers:
             for connection in connections:
                 servers.start_soon(serve, connection)
@@ -170,24 +196,46 @@ async def queue(dsn: str, tasks: int, seconds: float, way: str) -> Measured:
                     group.start_soon(append, number)
             ended = perf_counter()
             servers.cancel_scope.cancel()
-        return done, ended - begun
+        return per_second(done, ended - begun)
 
 
-async def unnest(dsn: str, seconds: float, encoded: bool) -> Measured:
-    """Batches of 100 rows of one stream, a statement and a transaction each.
-
-    `encoded`: making the rows counts, as it does for whoever stores events. Otherwise only the
-    statement does, which leaves nothing but the driver and the server.
-    """
-    async with _connections(dsn, 1) as (connection,):
-        await connection.fetch(INSERT_UNNEST, *_rows("warm-100", 1))
-        done, spent = 0, 0.0
-        end = perf_counter() + seconds
-        while (begun := perf_counter()) < end:
-            rows = _rows("order-0", 1 + done * BATCH)
-            if not encoded:
-                begun = perf_counter()
-            await connection.fetch(INSERT_UNNEST, *rows)
-            spent += perf_counter() - begun
+async def loads(dsn: str, schema: str, size: int, seconds: float) -> Found:
+    """The stream's payloads as typed objects, and their sum."""
+    select = (
+        f"SELECT payload FROM {schema}.events WHERE aggregate_id = $1 "
+        "AND aggregate_type = 'Order' ORDER BY version"
+    )
+    connection = await asyncpg.connect(dsn)
+    try:
+        done = 0
+        begun = perf_counter()
+        while (now := perf_counter()) < begun + seconds:
+            rows = await connection.fetch(select, f"order-{size}")
+            total = sum((_decode(payload).amount for (payload,) in rows), Decimal())
+            if total != PLACED.amount * size:
+                raise AssertionError(f"{total} is not the sum of {size} events")
             done += 1
-        return done * BATCH, spent
+        return {"ms": (now - begun) / done * 1000}
+    finally:
+        await connection.close()
+
+
+async def read_all(dsn: str, schema: str, events: int, seconds: float) -> Found:
+    """Pages of whole rows, each payload as a typed object."""
+    select = f"SELECT * FROM {schema}.events WHERE position > $1 ORDER BY position LIMIT {_PAGE}"
+    connection = await asyncpg.connect(dsn)
+    try:
+        read = 0
+        begun = perf_counter()
+        while (now := perf_counter()) < begun + seconds:
+            position, before = 0, read
+            while rows := await connection.fetch(select, position):
+                position = rows[-1]["position"]
+                for row in rows:
+                    _decode(row["payload"])
+                read += len(rows)
+            if read - before != events:
+                raise AssertionError(f"{read - before:,} events were read of {events:,}")
+        return per_second(read, now - begun)
+    finally:
+        await connection.close()

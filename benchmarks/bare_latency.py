@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from itertools import count
 
 import asyncpg  # type: ignore[import-untyped]
@@ -20,7 +20,7 @@ from eventsource_anyio.ids import uuid7
 
 from .events import AllSent, Sent
 from .latency import Load, collect, follower, say_ready, write
-from .suite import on
+from .suite import Found, on
 
 _INSERT = """
 WITH stored AS (
@@ -36,11 +36,11 @@ WHERE position > $1 ORDER BY position LIMIT 500
 """
 
 
-def two_processes(dsn: str, load: Load, seconds: float) -> Mapping[str, float]:
+def two_processes(dsn: str, load: Load, seconds: float) -> Found:
     assert load.writers == 1
     with follower("benchmarks.bare_latency", dsn) as found:
         sent = on("asyncio", _write_in, dsn, load, seconds)
-        return {**found(), "appends/s": sent / seconds}
+        return {**found(), "committed": sent, "appends/s": sent / seconds}
 
 
 async def _write_in(dsn: str, load: Load, seconds: float) -> int:

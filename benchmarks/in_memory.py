@@ -1,80 +1,87 @@
-"""The store in memory, and what needs no store: folding events, and the import of the package."""
+"""The store in memory, and what needs no store: folding events."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
-from statistics import median
 from time import perf_counter
 from uuid import uuid4
 
-from rich.console import Console
+from eventsource_anyio import InMemoryEventStore, StoredEvent
 
-from eventsource_anyio import ANY, InMemoryEventStore, StoredEvent
+from . import work
+from .events import STEPS, Counter
+from .plan import Plan
+from .suite import NAME, Found, Piece, Suite, on, ours, per_second
 
-from .events import PLACED, STEPS, Counter
-from .suite import LOOPS, Claim, Measured, Suite, on
-
-PART = "memory"
-
-
-async def one_by_one(appends: int) -> Measured:
-    async with InMemoryEventStore() as store:
-        begun = perf_counter()
-        for number in range(appends):
-            await store.append_events(f"order-{number % 100}", "Order", [PLACED], ANY)
-        return appends, perf_counter() - begun
+STORE = "memory"
+_FOLDED = 50_000
 
 
-def fold(events: int) -> Measured:
+def fold() -> Found:
     """Rebuild an aggregate with eight event types."""
     now = datetime.now(UTC)
     stored = [
         StoredEvent(STEPS[n % 8](n), uuid4(), "", "a", "Counter", n + 1, n + 1, now, now, {}, 1)
-        for n in range(events)
+        for n in range(_FOLDED)
     ]
     counter = Counter("a")
     begun = perf_counter()
     counter.replay(stored)
     seconds = perf_counter() - begun
-    if counter.total != sum(range(events)):
+    if counter.total != sum(range(_FOLDED)):
         raise AssertionError("the fold is wrong")
-    return events, seconds
+    return per_second(_FOLDED, seconds)
 
 
-def import_time() -> float:
-    """Milliseconds, in a process of its own; the median of seven."""
-    timer = (
-        "import time; begun = time.perf_counter(); import eventsource_anyio; "
-        "print(time.perf_counter() - begun)"
-    )
-    command = [sys.executable, "-c", timer]
-    runs = [
-        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in range(7)
-    ]
-    return median(runs) * 1000
+def _opened(loop: str, run: Callable[..., Awaitable[Found]], *how: object) -> Found:
+    return on(loop, run, InMemoryEventStore(), *how)
 
 
-def measure(scale: float, rounds: int, console: Console) -> tuple[Suite, list[Claim]]:
-    suite = Suite("In memory")
-    for loop in LOOPS:
-        suite.add(f"memory, one by one, {loop}", partial(on, loop, one_by_one, int(50_000 * scale)))
-    suite.add("fold, 8 event types", partial(fold, int(300_000 * scale)))
-    suite.run(rounds, console)
-    alone = "memory, one by one"
-    return suite, [
-        Claim(
-            "memory: appends/s one by one, asyncio", suite.median(f"{alone}, asyncio"), "≥", 100_000
-        ),
-        Claim(
-            "Trio ÷ asyncio: memory, one by one",
-            suite.ratio(f"{alone}, trio", f"{alone}, asyncio"),
-            "≥",
-            0.85,
-        ),
-        Claim("fold: events/s", suite.median("fold, 8 event types"), "≥", 2_000_000),
-        Claim("ms to import eventsource_anyio", import_time(), "≤", 100),
-    ]
+def add(suite: Suite, plan: Plan) -> None:
+    seconds = plan.embedded
+    for tasks, events, contended in plan.embedded_appends:
+        case = work.case(tasks, events, contended)
+        for loop in plan.loops:
+            appends = partial(_opened, loop, work.appends, tasks, events, contended, seconds)
+            suite.add(Piece("append", STORE, case, ours(loop)), appends)
+        for peer in plan.peers:
+            asked = partial(
+                peer.ask,
+                "appends",
+                where="",
+                tasks=tasks,
+                events=events,
+                contended=contended,
+                seconds=seconds,
+            )
+            suite.add(Piece("append", STORE, case, peer.name), asked)
+    for size in plan.filled.sizes:
+        small = work.Filled(int(size == work.LOADED), (size,))
+        case = f"{size:,} events"
+        for loop in plan.loops:
+            piece = Piece("load", STORE, case, ours(loop))
+            suite.add(piece, partial(_opened, loop, work.loads, size, seconds, small))
+        for peer in plan.peers:
+            for snapshot, name in ((False, peer.name), (True, f"{peer.name}, snapshot")):
+                asked = partial(
+                    peer.ask, "loads", where="", size=size, snapshot=snapshot, seconds=seconds
+                )
+                suite.add(Piece("load", STORE, case, name), asked)
+    few = work.Filled(5, (10, work.LOADED))
+    case = "everything"
+    for loop in plan.loops:
+        piece = Piece("read", STORE, case, ours(loop))
+        suite.add(piece, partial(_opened, loop, work.read_all, few.events, seconds, few))
+    for peer in plan.peers:
+        asked = partial(
+            peer.ask, "read_all", where="", streams=few.streams, sizes=few.sizes, seconds=seconds
+        )
+        suite.add(Piece("read", STORE, case, peer.name), asked)
+    for tasks, events, contended in plan.followed:
+        case = work.case(tasks, events, contended)
+        for loop in plan.loops:
+            followed = partial(_opened, loop, work.followed, tasks, events, contended, seconds)
+            suite.add(Piece("append, with a subscriber", STORE, case, ours(loop)), followed)
+    suite.add(Piece("fold", STORE, "8 event types", NAME), fold)

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from eventsource_anyio import EventStore
 
-from . import memory, postgresql_work
+from . import memory, work
 from .events import KINDS, PLACED
-from .postgresql_work import opened
+from .plan import Plan
 from .server import checkpoint, sql
-from .suite import Claim, Measured, Suite, on
+from .subject import migrate, opened
+from .suite import Found, Piece, Suite, on, ours, per_second
 
 EVENTS, STREAMS = 5_000_000, 50_000
 FULL = "large"
@@ -52,7 +53,7 @@ FROM"""
 
 def fill(dsn: str, events: int, console: Console) -> None:
     begun = perf_counter()
-    anyio.run(postgresql_work.migrate, dsn, FULL)
+    anyio.run(migrate, dsn, FULL)
     for first in range(1, events, _CHUNK):
         last = min(first + _CHUNK - 1, events)
         sql(dsn, f"{_FILL} generate_series({first}::bigint, {last}) n")
@@ -80,7 +81,7 @@ def _name(number: int) -> str:
 
 async def appends(
     store: EventStore, streams: Sequence[_Stream], tasks: int, seconds: float
-) -> Measured:
+) -> Found:
     """Each task has streams of its own, and appends to one after another at an exact version."""
     done = 0
 
@@ -95,55 +96,35 @@ async def appends(
             done += 1
 
     async with store:
-        await postgresql_work.warm(store)
+        await work.warm(store)
         begun = perf_counter()
         async with anyio.create_task_group() as group:
             for number in range(tasks):
                 group.start_soon(append, number)
-        return done, perf_counter() - begun
+        return per_second(done, perf_counter() - begun)
 
 
-def measure(dsn: str, seconds: float, rounds: int, console: Console) -> tuple[Suite, list[Claim]]:
+def add(suite: Suite, plan: Plan, dsn: str, console: Console) -> None:
     fill(dsn, EVENTS, console)
-    suite = Suite("Five million events")
     grown = _streams(EVENTS // STREAMS)
 
-    def run(tasks: int, among: int, schema: str) -> Measured:
+    def run(tasks: int, among: int, schema: str) -> Found:
         streams = grown if schema else _streams(0)
         if not schema:
             sql(dsn, "TRUNCATE eventsource.events")
         store = opened(dsn, schema)
-        return on("asyncio", appends, store, streams[:among], tasks, seconds)
+        return on("asyncio", appends, store, streams[:among], tasks, plan.seconds)
 
     for tasks, among in CASES:
         for schema, where in (("", "0"), (FULL, "5 M")):
-            work = partial(run, tasks, among, schema)
-            suite.add(f"appends at {where} events, {_case(tasks, among)}", work)
-    suite.run(rounds, console)
-    return suite, [*_cost(suite), *_memory(dsn)]
+            what = f"append at {where} events"
+            piece = Piece(what, "PostgreSQL", _case(tasks, among), ours("asyncio"))
+            suite.add(piece, partial(run, tasks, among, schema))
+    for loop in ("asyncio", "Trio"):
+        case = f"{EVENTS:,} events"
+        piece = Piece("memory of a long stream", "PostgreSQL", case, ours(loop))
+        suite.add(piece, partial(memory.in_a_process, "stream", loop, dsn, 0, FULL))
 
 
 def _case(tasks: int, among: int) -> str:
     return f"{tasks:,} task{'s' if tasks > 1 else ''}, {among:,} streams"
-
-
-def _cost(suite: Suite) -> list[Claim]:
-    found: list[Claim] = []
-    for tasks, among in CASES:
-        case = _case(tasks, among)
-        cost = suite.ratio(f"appends at 0 events, {case}", f"appends at 5 M events, {case}")
-        bound = 1.2 if among == ACTIVE else None
-        found.append(Claim(f"cost of an append at 5 M events ÷ at 0, {case}", cost, "≤", bound))
-    return found
-
-
-def _memory(dsn: str) -> list[Claim]:
-    return [
-        Claim(
-            f"PostgreSQL: MB above the start, {EVENTS:,} events streamed, {loop}",
-            memory.in_a_process("stream", loop, dsn, FULL),
-            "≤",
-            50,
-        )
-        for loop in ("asyncio", "trio")
-    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from random import Random
 from time import monotonic_ns, perf_counter
@@ -22,8 +22,8 @@ from anyio.abc import TaskStatus
 from eventsource_anyio import ANY, DomainEvent, EventStore
 
 from .events import AllSent, Sent
-from .postgresql_work import Driver, Subject, opened
-from .suite import on
+from .subject import Driver, Subject, opened
+from .suite import Found, on
 
 _WARM = 20
 _LONGEST = 60.0  # seconds that a subscriber may take to end
@@ -87,9 +87,9 @@ async def collect(events: AsyncIterator[DomainEvent]) -> dict[str, float]:
             case AllSent(count):
                 took.sort()
                 return {
-                    "p50, ms": took[len(took) // 2] / 1e6,
-                    "p99, ms": took[len(took) * 99 // 100] / 1e6,
-                    "events missed": count - len(took),
+                    "p50 ms": took[len(took) // 2] / 1e6,
+                    "p99 ms": took[len(took) * 99 // 100] / 1e6,
+                    "missed": count - len(took),
                 }
             case _:
                 pass
@@ -120,15 +120,15 @@ def say_ready() -> None:
     print("ready", flush=True)
 
 
-def two_processes(dsn: str, subject: Subject, load: Load, seconds: float) -> Mapping[str, float]:
+def two_processes(dsn: str, subject: Subject, load: Load, seconds: float) -> Found:
     """The writer here, the subscriber in another process, each with a store of its own."""
     with follower("benchmarks.latency", dsn, subject.loop, subject.driver) as found:
         store = opened(dsn, driver=subject.driver)
         sent = on(subject.loop, _write_in, store, load, seconds)
-        return {**found(), "appends/s": sent / seconds}
+        return {**found(), "committed": sent, "appends/s": sent / seconds}
 
 
-def one_process(dsn: str, subject: Subject, load: Load, seconds: float) -> Mapping[str, float]:
+def one_process(dsn: str, subject: Subject, load: Load, seconds: float) -> Found:
     """The writer and the subscriber in one process, with one store."""
     return on(subject.loop, _together, opened(dsn, driver=subject.driver), load, seconds)
 
@@ -164,7 +164,7 @@ async def _follow(store: EventStore, ready: Callable[[], None]) -> dict[str, flo
         return await collect(events())
 
 
-async def _together(store: EventStore, load: Load, seconds: float) -> Mapping[str, float]:
+async def _together(store: EventStore, load: Load, seconds: float) -> Found:
     found: dict[str, float] = {}
 
     async def subscriber(*, task_status: TaskStatus[None]) -> None:
@@ -174,7 +174,7 @@ async def _together(store: EventStore, load: Load, seconds: float) -> Mapping[st
         async with store, anyio.create_task_group() as group:
             await group.start(subscriber)
             sent = await write(_append_to(store), load, seconds)
-    return {**found, "appends/s": sent / seconds}
+    return {**found, "committed": sent, "appends/s": sent / seconds}
 
 
 if __name__ == "__main__":

@@ -15,38 +15,112 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Timer
+from typing import Any, cast
 
 import attrs
 from rich.console import Console
 
-from eventsource_anyio.testing.postgresql import PostgreSQLDatabases
-
-from .server import database, sql
-from .suite import Claim, Suite
+from . import footprint
+from .peer_serve import READY
+from .suite import Found, Piece, Suite
 
 # psycopg's own wheel with libpq in it, and faster than the one in Python alone.
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
-    "eventsource-py": ("eventsource-py[postgresql]",),
+    "eventsource-py": ("eventsource-py[postgresql,sqlite]",),
     "eventsourcing": ("eventsourcing[postgres]", "psycopg[binary]"),
 }
-_LONGEST = 900.0  # seconds for one peer's turn
+IMPORTS: Mapping[str, str] = {
+    "eventsource-py": (
+        "from eventsource import AggregateRepository, DeciderAggregate, PostgreSQLEventStore"
+    ),
+    "eventsourcing": (
+        "import eventsourcing.postgres; from eventsourcing.application import Application"
+    ),
+}
+_LONGEST = 120.0  # seconds for one piece of work
 _ASK = "import sys; print('%d.%d' % sys.version_info[:2])"
+_ROOT = Path(__file__).parent.parent
 
 
-@attrs.frozen
+class PeerError(Exception):
+    """A peer could not do what it was asked to."""
+
+
+@attrs.define
 class Peer:
     name: str
     python: Path
-    script: Path
+    version: str
+    python_version: str
+    _process: subprocess.Popen[str] | None = None
 
-    def run(self, *args: str) -> str:
-        # Its own package only, whatever this process was told about where to find modules.
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [str(self.python), str(self.script), *args]
-        ran = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=env, timeout=_LONGEST
+    @property
+    def _command(self) -> list[str]:
+        return [str(self.python), "-m", f"benchmarks.peer_{self.name.replace('-', '_')}"]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        # Its own packages only, whatever this process was told about where to find modules.
+        return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+            cwd=_ROOT,
         )
-        return ran.stdout
+        try:
+            self._said(READY)
+            yield
+        finally:
+            self._process.kill()
+            self._process.communicate()
+
+    def ask(self, do: str, **request: object) -> Found:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise PeerError(f"{self.name} has ended before {do}") from error
+        answer: dict[str, Any] = json.loads(self._said(do))
+        if "error" in answer:
+            raise PeerError(f"{self.name}, {do}: {answer['error']}")
+        return cast("Found", answer["found"])
+
+    def _said(self, what: str) -> str:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        too_long = Timer(_LONGEST, self._process.kill)
+        too_long.start()
+        try:
+            said = self._process.stdout.readline()
+        finally:
+            too_long.cancel()
+        if not said:
+            raise PeerError(f"{self.name} has ended, or took longer than {_LONGEST:.0f} s: {what}")
+        return said
+
+    def once(self, do: str, **request: object) -> Found:
+        """In a process of its own."""
+        found: Found = json.loads(
+            subprocess.run(
+                [*self._command, json.dumps({"do": do, **request})],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+                cwd=_ROOT,
+                timeout=_LONGEST,
+            ).stdout
+        )
+        return found
 
 
 def newest_python() -> Path:
@@ -80,68 +154,32 @@ def environments(python: Path | None, console: Console) -> list[Peer]:
     found: list[Peer] = []
     for name, requirements in REQUIREMENTS.items():
         where = cache / "eventsource-anyio" / "peers" / f"{name}-python{version}"
-        if not (where / "bin" / "python").exists():
-            subprocess.run([base, "-m", "venv", where], check=True)
         inside = where / "bin" / "python"
-        install = [str(inside), "-m", "pip", "install", "--quiet", "--upgrade", *requirements]
-        there = [str(inside), "-c", f"from importlib.metadata import version; version({name!r})"]
-        if subprocess.run(install, check=False).returncode != 0:
-            subprocess.run(there, check=True)
-            console.print(f"{name}: not updated; what was installed before is measured")
-        script = Path(__file__).with_name(f"peer_{name.replace('-', '_')}.py")
-        found.append(Peer(name, inside, script))
+        if not inside.exists():
+            subprocess.run([base, "-m", "venv", where], check=True)
+        console.print(f"{name}: looking for its newest release …")
+        install = [str(inside), "-m", "pip", "install", "--quiet", "--upgrade", "psutil"]
+        updated = subprocess.run([*install, *requirements], check=False).returncode == 0
+        ask = f"from importlib.metadata import version; print(version({name!r}))"
+        said = subprocess.run([inside, "-c", ask], check=True, stdout=subprocess.PIPE, text=True)
+        console.print(
+            f"{name} {said.stdout.strip()}{'' if updated else ', which was there before'}"
+        )
+        found.append(Peer(name, inside, said.stdout.strip(), version))
     return found
 
 
-@attrs.define
-class Peers:
-    """The peers' turns in a suite, and what they have to do with ours."""
+@contextmanager
+def running(peers: Sequence[Peer]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for peer in peers:
+            stack.enter_context(peer.running())
+        yield
 
-    databases: PostgreSQLDatabases
-    peers: Sequence[Peer]
-    versions: dict[str, str] = attrs.field(factory=dict)
-    _filled: dict[str, str] = attrs.field(factory=dict)
 
-    @contextmanager
-    def filled(self, events: int) -> Iterator[None]:
-        """A database for each that is only read: an aggregate of 1,000 events among others."""
-        with ExitStack() as stack:
-            for peer in self.peers:
-                self._filled[peer.name] = dsn = stack.enter_context(database(self.databases))
-                peer.run("fill", dsn, str(events))
-                sql(dsn, "VACUUM ANALYZE")
-            yield
-
-    def add(self, suite: Suite, seconds: float) -> None:
-        for peer in self.peers:
-            suite.add_figures(peer.name, partial(self._turn, peer, seconds))
-
-    def _turn(self, peer: Peer, seconds: float) -> Mapping[str, float]:
-        with database(self.databases) as dsn:
-            said = json.loads(peer.run("measure", dsn, self._filled[peer.name], str(seconds)))
-        self.versions[peer.name] = said.pop("version")
-        figures: dict[str, float] = said
-        return figures
-
-    def claims(self, suite: Suite) -> list[Claim]:
-        """Ours on asyncio beside the faster peer of each round."""
-        if not self.peers:
-            return []
-        found: list[Claim] = []
-        for what, figure, bound in (
-            ("64 tasks", "appends/s", 20),
-            ("1 task", "appends/s", None),
-            ("read everything", "events/s", None),
-        ):
-            theirs = [f"{peer.name}, {what}, {figure}" for peer in self.peers]
-            ratio = suite.ratio(f"{what}: ours, asyncio", *theirs)
-            found.append(Claim(f"{what}, asyncio ÷ the faster peer", ratio, "≥", bound))
-        for peer in self.peers:
-            took = suite.median(f"{peer.name}, load 1,000 events, ms")
-            ratio = took * suite.median("load 1,000 events: ours, asyncio") / 1000
-            found.append(Claim(f"ms to load 1,000 events, {peer.name} ÷ asyncio", ratio))
-            missed = sum(suite.runs(f"{peer.name}, missed by a reader that follows"))
-            of = sum(suite.runs(f"{peer.name}, of events"))
-            what = f"{peer.name}: missed by a reader that follows, of {of:,.0f} events"
-            found.append(Claim(what, missed))
-        return found
+def add_footprint(suite: Suite, peers: Sequence[Peer]) -> None:
+    for peer in peers:
+        piece = Piece("import", "PostgreSQL", "what a program needs", peer.name)
+        suite.add(piece, partial(footprint.import_time, IMPORTS[peer.name], peer.python))
+        piece = Piece("installation", "PostgreSQL", "with all that it needs", peer.name)
+        suite.add(piece, partial(footprint.environment_size, peer.python))

@@ -1,14 +1,13 @@
-"""PostgreSQL: our store beside bare asyncpg, on one server and in the same rounds.
+"""PostgreSQL: our store beside bare asyncpg and the peers, on one server and in the same rounds.
 
-A piece is called `{what}: {who}, {loop}`; what is compared stands side by side.
+What is compared stands side by side: first the bare driver, then ours, then the peers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import anyio
 import attrs
@@ -16,212 +15,316 @@ from rich.console import Console
 
 from eventsource_anyio import EventStore
 
-from . import (
-    bare_asyncpg,
-    bare_latency,
-    large,
-    latency,
-    peers,
-    postgresql_claims,
-    postgresql_work,
-    projections,
-)
-from .latency import FIFTY, ONE, ONE_PACED
-from .postgresql_claims import Followed
-from .postgresql_work import OTHERS, OURS, Subject, opened
-from .server import checkpoint, database, server, sql
-from .suite import Claim, Measured, Suite, on
+from . import bare_asyncpg, bare_latency, latency, memory, projections, work
+from .peers import Peer
+from .plan import Case, Plan
+from .server import Server, checkpoint, database, server, sql, truncate
+from .subject import Subject, migrate, opened
+from .suite import Found, Piece, Suite, on, ours
 
-TASKS = (1, 64, 1000)
-PLACES = {"two processes": latency.two_processes, "one process": latency.one_process}
+STORE = "PostgreSQL"
 READING = "reading"
-ASYNCIO, UVLOOP, TRIO = OURS.values()
-
-
-@attrs.frozen(kw_only=True)
-class Plan:
-    """How much of everything. A short run leaves out some of the latencies."""
-
-    short: bool
-    rounds: int
-    data: Path | None
-    large: bool
-    peers: bool
-    peers_python: Path | None
-
-    @property
-    def seconds(self) -> float:
-        return 0.25 if self.short else 1.0
-
-    @property
-    def read(self) -> int:
-        return 20_000 if self.short else 100_000
+PLACES = {"two processes": latency.two_processes, "one process": latency.one_process}
+TOLD: Mapping[str, str] = {
+    "append_event": "asyncpg, our append function",
+    "checked transaction": "asyncpg, BEGIN, version, INSERT, COMMIT",
+}
+"""What is told beside the limit: with the version checked, which an INSERT does not."""
+AGAIN: Mapping[str, tuple[str, ...]] = {
+    "eventsource-py": ("TRUNCATE totals, projection_checkpoints",),
+    "eventsourcing": ("TRUNCATE totals", "DROP TABLE IF EXISTS totals_tracking"),
+}
+"""Has a peer's projection begin again."""
 
 
 @attrs.frozen
-class Pieces:
-    """Adds pieces of work to a suite."""
-
+class _Pieces:
     suite: Suite
+    plan: Plan
     dsn: str
-    how: Plan
+    theirs: Mapping[str, str]
+    """Where each peer appends."""
+    filled: Mapping[str, str]
+    """Where each peer reads."""
+
+    @property
+    def subjects(self) -> list[Subject]:
+        return [Subject(loop) for loop in self.plan.loops]
+
+    @property
+    def others(self) -> list[Subject]:
+        """By the driver that is not the loop's default."""
+        loops = self.plan.loops if self.plan.others else ()
+        return [Subject(loop, "asyncpg" if loop == "Trio" else "psycopg") for loop in loops]
+
+    @property
+    def bare_loops(self) -> list[str]:
+        return [loop for loop in self.plan.loops if loop != "Trio"]
+
+    # -- appends ------------------------------------------------------------------------------
 
     def appends(self) -> None:
-        for tasks in TASKS:
-            what = "1 task" if tasks == 1 else f"{tasks:,} tasks"
-            ours = partial(postgresql_work.appends, tasks=tasks, seconds=self.how.seconds)
-            self._side_by_side(what, partial(self._ways, what, tasks), ours)
-        ours = partial(postgresql_work.batches, seconds=self.how.seconds)
-        self._side_by_side("batches of 100", self._unnest, ours)
+        for how in (*self.plan.appends, (1, self.plan.batches, False)):
+            tasks, events, contended = how
+            case = work.case(*how)
+            bare = partial(
+                bare_asyncpg.appends,
+                self.dsn,
+                tasks=tasks,
+                events=events,
+                contended=contended,
+                seconds=self.plan.seconds,
+            )
+            for loop in self.bare_loops:
+                self._bare("append", case, f"bare asyncpg, {loop}", loop, bare)
+            plain = events == 1 and not contended
+            for way, name in TOLD.items() if plain and self.plan.others else ():
+                self._bare("append", case, name, "asyncio", partial(bare, way=way))
+            our = partial(
+                work.appends,
+                tasks=tasks,
+                events=events,
+                contended=contended,
+                seconds=self.plan.seconds,
+            )
+            for subject in (*self.subjects, *(self.others if plain else ())):
+                self._ours("append", case, subject, our)
+            self._theirs_append("append", case, "appends", how)
 
-    def _side_by_side(
-        self,
-        what: str,
-        bare: Callable[[str], None],
-        ours: Callable[[EventStore], Awaitable[Measured]],
+    def followed(self) -> None:
+        what = "append, with a subscriber"
+        for how in self.plan.followed:
+            tasks, events, contended = how
+            follow = partial(
+                work.followed,
+                tasks=tasks,
+                events=events,
+                contended=contended,
+                seconds=self.plan.seconds,
+            )
+            for subject in self.subjects:
+                self._ours(what, work.case(*how), subject, follow)
+            self._theirs_append(what, work.case(*how), "followed", how)
+
+    def _bare(
+        self, what: str, case: str, name: str, loop: str, run: Callable[[], Awaitable[Found]]
     ) -> None:
-        bare("asyncio")
-        for subject in (ASYNCIO, TRIO):
-            self._ours(what, subject, ours)
-        bare("uvloop")
-        for subject in (UVLOOP, *OTHERS):
-            self._ours(what, subject, ours)
+        def empty_and_run() -> Found:
+            self._empty()
+            return on(loop, run)
+
+        self.suite.add(Piece(what, STORE, case, name), empty_and_run)
 
     def _ours(
         self,
         what: str,
+        case: str,
         subject: Subject,
-        work: Callable[[EventStore], Awaitable[Measured]],
+        run: Callable[[EventStore], Awaitable[Found]],
         schema: str = "",
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        def run() -> Measured:
+        def open_and_run() -> Found:
             if not schema:
                 self._empty()
-            return on(subject.loop, work, opened(self.dsn, schema, subject.driver))
+            before()
+            return on(subject.loop, run, opened(self.dsn, schema, subject.driver))
 
-        self.suite.add(f"{what}: ours, {subject}", run)
+        self.suite.add(Piece(what, STORE, case, str(subject)), open_and_run)
 
-    def _bare(self, name: str, loop: str, work: Callable[[str], Awaitable[Measured]]) -> None:
-        def run() -> Measured:
-            self._empty()
-            return on(loop, work, self.dsn)
+    def _theirs_append(self, what: str, case: str, do: str, how: Case) -> None:
+        tasks, events, contended = how
+        for peer in self.plan.peers:
 
-        self.suite.add(f"{name}, {loop}", run)
+            def ask(peer: Peer = peer) -> Found:
+                where = self.theirs[peer.name]
+                truncate(where)
+                return peer.ask(
+                    do,
+                    where=where,
+                    tasks=tasks,
+                    events=events,
+                    contended=contended,
+                    seconds=self.plan.seconds,
+                )
+
+            self.suite.add(Piece(what, STORE, case, peer.name), ask)
 
     def _empty(self) -> None:
         sql(self.dsn, "TRUNCATE eventsource.events, bare.events")
 
-    def _ways(self, what: str, tasks: int, loop: str) -> None:
-        # On uvloop the baseline alone, which is the last of them.
-        for way in list(bare_asyncpg.WAYS)[-1 if loop == "uvloop" else 0 :]:
-            seconds = self.how.seconds
-            if tasks == 1:
-                work = partial(bare_asyncpg.one_by_one, seconds=seconds, way=way)
-                self._bare(f"{what}: {way}", loop, work)
-            else:
-                queue = partial(bare_asyncpg.queue, tasks=tasks, seconds=seconds, way=way)
-                self._bare(f"{what}: queue of 20, {way}", loop, queue)
-
-    def _unnest(self, loop: str) -> None:
-        for encoded, name in ((False, "statement only"), (True, "rows made in the loop")):
-            work = partial(bare_asyncpg.unnest, seconds=self.how.seconds, encoded=encoded)
-            self._bare(f"batches of 100: unnest, {name}", loop, work)
+    # -- reads --------------------------------------------------------------------------------
 
     def reads(self) -> None:
-        anyio.run(postgresql_work.migrate, self.dsn, READING)
-        anyio.run(postgresql_work.fill, opened(self.dsn, READING), self.how.read)
-        sql(self.dsn, f"VACUUM ANALYZE {READING}.events")
-        loads = partial(postgresql_work.loads, seconds=self.how.seconds)
-        read_all = partial(postgresql_work.read_all, events=self.how.read)
-        for what, work in (("load 1,000 events", loads), ("read everything", read_all)):
-            for subject in (ASYNCIO, TRIO, UVLOOP, *OTHERS):
-                self._ours(what, subject, work, READING)
+        plan, seconds = self.plan, self.plan.seconds
+        for size in plan.filled.sizes:
+            case = f"{size:,} events"
+            for loop in self.bare_loops:
+                alone = partial(on, loop, bare_asyncpg.loads, self.dsn, READING, size, seconds)
+                self.suite.add(Piece("load", STORE, case, f"bare asyncpg, {loop}"), alone)
+            for subject in (*self.subjects, *self.others):
+                load = partial(work.loads, size=size, seconds=seconds)
+                self._ours("load", case, subject, load, READING)
+            for peer in plan.peers:
+                for snapshot, name in ((False, peer.name), (True, f"{peer.name}, snapshot")):
+                    asked = partial(
+                        peer.ask,
+                        "loads",
+                        where=self.filled[peer.name],
+                        size=size,
+                        snapshot=snapshot,
+                        seconds=seconds,
+                    )
+                    self.suite.add(Piece("load", STORE, case, name), asked)
+        events = plan.filled.events
+        for loop in self.bare_loops:
+            alone = partial(on, loop, bare_asyncpg.read_all, self.dsn, READING, events, seconds)
+            self.suite.add(Piece("read", STORE, "everything", f"bare asyncpg, {loop}"), alone)
+        for subject in (*self.subjects, *self.others):
+            read = partial(work.read_all, events=events, seconds=seconds)
+            self._ours("read", "everything", subject, read, READING)
+        for peer in plan.peers:
+            asked = partial(
+                peer.ask,
+                "read_all",
+                where=self.filled[peer.name],
+                streams=plan.filled.streams,
+                sizes=plan.filled.sizes,
+                seconds=seconds,
+            )
+            self.suite.add(Piece("read", STORE, "everything", peer.name), asked)
+
+    # -- subscribers and projections ------------------------------------------------------------
 
     def projections(self) -> None:
         sql(self.dsn, projections.TABLES)
-        for what, kind in projections.KINDS.items():
-            for subject in (ASYNCIO, TRIO, UVLOOP):
-                work = partial(projections.catch_up, projection=kind(), events=self.how.read)
-                self._projecting(f"projection, {what}: ours, {subject}", subject, work, READING)
-        self._bare_projection()
-        for subject in (ASYNCIO, TRIO, UVLOOP):
-            work = partial(projections.latency, seconds=self.how.seconds)
-            self._projecting(f"append to read model: {subject}", subject, work, "")
-        for subject in (ASYNCIO, TRIO, UVLOOP):
-            work = partial(projections.beside_writers, seconds=self.how.seconds)
-            self._projecting(f"50 writers and a projection: {subject}", subject, work, "")
+        events, what = self.plan.filled.events, "catch up"
 
-    def _projecting(
-        self,
-        name: str,
-        subject: Subject,
-        work: Callable[[EventStore], Awaitable[Mapping[str, float]]],
-        schema: str,
-    ) -> None:
-        def run() -> Mapping[str, float]:
-            sql(self.dsn, projections.empty(schema or "eventsource"))
-            if not schema:
-                self._empty()
-            return on(subject.loop, work, opened(self.dsn, schema, subject.driver))
+        def empty(schema: str = READING) -> None:
+            sql(self.dsn, projections.empty(schema))
 
-        self.suite.add_figures(name, run)
+        for case, kind in projections.KINDS.items():
+            if case != projections.NOTHING:
 
-    def _bare_projection(self) -> None:
-        def run() -> Measured:
-            sql(self.dsn, projections.empty(READING))
-            return on("asyncio", projections.by_hand, self.dsn, READING)
+                def by_hand(case: str = case) -> Found:
+                    empty()
+                    return on("asyncio", projections.by_hand, self.dsn, READING, case)
 
-        self.suite.add("projection, SQL read model: by hand, asyncio", run)
+                self.suite.add(Piece(what, STORE, case, "bare asyncpg, asyncio"), by_hand)
+            for subject in self.subjects:
+                catch_up = partial(projections.catch_up, kind=kind, events=events)
+                self._ours(what, case, subject, catch_up, READING, empty)
+        for peer in self.plan.peers:
 
-    def latencies(self) -> Sequence[Followed]:
-        """What was added of ours: where, under which load, and by whom."""
-        places, loads, subjects = list(PLACES), [ONE_PACED, ONE, FIFTY], [ASYNCIO, TRIO, UVLOOP]
-        if self.how.short:
-            places, loads, subjects = places[:1], [ONE_PACED, FIFTY], subjects[:2]
-        for load in loads:
-            # Long enough for a hundredth of the events to be some, also where they are few.
-            seconds = self.how.seconds * (8 if load.pause else 2)
-            if load.writers == 1:
-                by_hand = partial(bare_latency.two_processes, self.dsn, load, seconds)
-                self._followed(f"latency, {load}: INSERT with NOTIFY", by_hand)
-            for place in places:
-                for subject in subjects:
-                    ours = partial(PLACES[place], self.dsn, subject, load, seconds)
-                    self._followed(f"latency, {load}: {place}, {subject}", ours)
-        return [(load, place, str(s)) for load in loads for place in places for s in subjects]
+            def ask(peer: Peer = peer) -> Found:
+                where = self.filled[peer.name]
+                sql(where, *AGAIN[peer.name])
+                return peer.ask("catch_up", where=where, seconds=self.plan.seconds)
 
-    def _followed(self, name: str, work: Callable[[], Mapping[str, float]]) -> None:
-        def run() -> Mapping[str, float]:
+            self.suite.add(Piece(what, STORE, projections.BY_EVENT, peer.name), ask)
+        empty_both = partial(empty, "eventsource")
+        for subject in self.subjects:
+            waiting = partial(projections.latency, seconds=self.plan.seconds)
+            self._ours("append to read model", "1 writer", subject, waiting, "", empty_both)
+        for subject in self.subjects:
+            beside = partial(projections.beside_writers, seconds=self.plan.seconds)
+            case = "50 writers"
+            self._ours("append, with a projection", case, subject, beside, "", empty_both)
+
+    def latencies(self) -> None:
+        for load, seconds in self.plan.latencies:
+            for place in self.plan.places:
+                run = PLACES[place]
+                case = f"{load}, {place}"
+                if load.writers == 1 and place == "two processes":
+                    by_hand = partial(bare_latency.two_processes, self.dsn, load, seconds)
+                    self._followed(case, "bare asyncpg, NOTIFY", by_hand)
+                for subject in self.subjects:
+                    followed = partial(run, self.dsn, subject, load, seconds)
+                    self._followed(case, str(subject), followed)
+                if place == "one process":
+                    self._peers_latency(case, load, seconds)
+
+    def _followed(self, case: str, name: str, run: Callable[[], Found]) -> None:
+        def empty_and_run() -> Found:
             self._empty()
-            return work()
+            return run()
 
-        self.suite.add_figures(name, run)
+        self.suite.add(Piece("append to subscriber", STORE, case, name), empty_and_run)
+
+    def _peers_latency(self, case: str, load: latency.Load, seconds: float) -> None:
+        for peer in self.plan.peers:
+
+            def ask(peer: Peer = peer) -> Found:
+                where = self.theirs[peer.name]
+                truncate(where)
+                writers, pause = load.writers, load.pause
+                return peer.ask(
+                    "latency", where=where, writers=writers, pause=pause, seconds=seconds
+                )
+
+            self.suite.add(Piece("append to subscriber", STORE, case, peer.name), ask)
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def memory(self) -> None:
+        plan = self.plan
+
+        def appended(loop: str, count: int) -> Found:
+            self._empty()
+            return memory.in_a_process("appends", loop, self.dsn, count)
+
+        for count in sorted({plan.peers_tasks, plan.embedded_tasks}):
+            case = f"{count:,} under way"
+            for loop in ("asyncio", "Trio"):
+                piece = Piece("memory of an append", STORE, case, ours(loop))
+                self.suite.add(piece, partial(appended, loop, count))
+            for peer in plan.peers if count == plan.peers_tasks else ():
+
+                def their_appends(peer: Peer = peer, count: int = count) -> Found:
+                    where = self.theirs[peer.name]
+                    truncate(where)
+                    return peer.once("memory_of_appends", where=where, count=count)
+
+                piece = Piece("memory of an append", STORE, case, peer.name)
+                self.suite.add(piece, their_appends)
+        case = f"{plan.filled.events:,} events"
+        for loop in ("asyncio", "Trio"):
+            stream = partial(memory.in_a_process, "stream", loop, self.dsn, 0, READING)
+            self.suite.add(Piece("memory of a long stream", STORE, case, ours(loop)), stream)
+        for peer in plan.peers:
+            asked = partial(peer.once, "memory_of_a_stream", where=self.filled[peer.name])
+            self.suite.add(Piece("memory of a long stream", STORE, case, peer.name), asked)
 
 
-def measure(how: Plan, console: Console) -> tuple[list[Suite], list[Claim], dict[str, object]]:
-    others = peers.environments(how.peers_python, console) if how.peers else []
+@contextmanager
+def adding(suite: Suite, plan: Plan, console: Console) -> Iterator[tuple[Server, str]]:
+    """Adds its pieces, whose server and databases are there until the end."""
     with ExitStack() as stack:
-        running = stack.enter_context(server(how.data))
-        console.print(running.about)
+        running = stack.enter_context(server(plan.data))
         dsn = stack.enter_context(database(running.databases))
-        anyio.run(postgresql_work.migrate, dsn)
+        anyio.run(migrate, dsn)
+        anyio.run(migrate, dsn, READING)
         sql(dsn, bare_asyncpg.TABLE)
-        suite = Suite("PostgreSQL")
-        suite.add_step("checkpoint", partial(checkpoint, dsn))
-        pieces = Pieces(suite, dsn, how)
+        console.print(f"PostgreSQL: filling {plan.filled.events:,} events …")
+        anyio.run(work.fill, opened(dsn, READING), plan.filled)
+        sql(dsn, f"VACUUM ANALYZE {READING}.events")
+        theirs, filled = {}, {}
+        for peer in plan.peers:
+            console.print(f"{peer.name}: filling …")
+            theirs[peer.name] = stack.enter_context(database(running.databases))
+            filled[peer.name] = stack.enter_context(database(running.databases))
+            peer.ask("schema", where=theirs[peer.name])
+            peer.ask("schema", where=filled[peer.name])
+            streams, sizes = plan.filled.streams, plan.filled.sizes
+            peer.ask("fill", where=filled[peer.name], streams=streams, sizes=sizes)
+            sql(filled[peer.name], projections.TABLES, "VACUUM ANALYZE")
+        suite.add_step(partial(checkpoint, dsn))
+        pieces = _Pieces(suite, plan, dsn, theirs, filled)
         pieces.appends()
+        pieces.followed()
         pieces.reads()
         pieces.projections()
-        followed = pieces.latencies()
-        found = peers.Peers(running.databases, others)
-        stack.enter_context(found.filled(how.read))
-        found.add(suite, how.seconds)
-        suite.run(how.rounds, console)
-        suites, claims = [suite], postgresql_claims.claims(suite, followed, dsn)
-        claims += found.claims(suite)
-        if how.large:
-            large_suite, its_claims = large.measure(dsn, how.seconds, how.rounds, console)
-            suites.append(large_suite)
-            claims += its_claims
-        about: dict[str, object] = {"postgresql": running.about, "peers": found.versions}
-        return suites, claims, about
+        pieces.latencies()
+        pieces.memory()
+        yield running, dsn

