@@ -115,6 +115,22 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks", *(session.posargs or ["--short"]))
 
 
+@nox.session
+def draw(session: nox.Session) -> None:
+    """The plots and the tables of docs/benchmarks.md, from what was measured."""
+    session.install("-e", ".[bench]")
+    session.run("python", "-m", "benchmarks.draw", *session.posargs)
+
+
+@nox.session
+def speed(session: nox.Session) -> None:
+    """The regression gate: no ratio to the bare driver may fall below its floor."""
+    session.install("-e", ".[bench]")
+    drawn = session.create_tmp()  # so that it is known that what is stored can be drawn
+    session.run("python", "-m", "benchmarks.draw", "--to", drawn, silent=True)
+    session.run("python", "-m", "benchmarks.gate", *session.posargs)
+
+
 def extra(name: str) -> list[str]:
     """The requirements of one of the project's extras, where the project itself is not needed."""
     project = nox.project.load_toml("pyproject.toml")["project"]
