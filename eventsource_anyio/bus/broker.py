@@ -1,10 +1,16 @@
 """What a broker does for a bus, in a handful of calls; everything else is written once, above them.
 
 - Messages are kept in partitions, each in the order in which they were sent. An offset is a place
-  in a partition, a string that only the broker understands; `""` is before the first message.
-- Entries are small values by key, each with a revision that is another one after every write. They
-  are what leases, checkpoints and dead letters are made of: whoever writes one says which revision
-  it is to have, so the revision is a fencing token, as in the shards of projections.
+  in a partition, a string that only the broker understands; `""` is before the first message that
+  was ever sent.
+- A broker keeps a bounded number of messages, and may be emptied. Whoever reads after an offset is
+  told if messages after it may be gone that it has not read.
+- Entries are small values by key, each with a revision that is another one after every write, and
+  never comes back. They are what leases, checkpoints and dead letters are made of: whoever writes
+  one says which revision it is to have, so the revision is a fencing token, as in the shards of
+  projections.
+- A key is a directory and a name in it, parts joined by `/`; each part is made of ASCII letters,
+  digits, `-`, `_` and `=`, and may be long (1,000 characters and more).
 - Calls are cancellable, and leave the broker usable. What fails is a `StorageError`; a call that
   fails may be made again, and then `send` may have stored messages twice.
 """
@@ -12,7 +18,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -32,6 +38,14 @@ class ReceivedMessage(Struct, frozen=True, gc=False):
     offset: str
     message_id: str
     payload: bytes
+
+
+class Reading(Struct, frozen=True, gc=False):
+    """What was read. `lost` are partitions of which messages after the offset, before the first one
+    that was read, were dropped, or may have been because the log was lost and begun again."""
+
+    messages: Sequence[ReceivedMessage]
+    lost: Collection[int] = ()
 
 
 class Entry(Struct, frozen=True, gc=False):
@@ -62,13 +76,12 @@ class Broker(ABC):
         """Store messages, in order; they are stored durably when it returns."""
 
     @abstractmethod
-    async def read(
-        self, after: Mapping[int, str], limit: int, wait: float
-    ) -> Sequence[ReceivedMessage]:
+    async def read(self, after: Mapping[int, str], limit: int, wait: float) -> Reading:
         """Up to about `limit` messages of these partitions, after an offset of each.
 
         Those of one partition are in order. Waits for the first one for up to `wait` seconds, and
-        returns none if there is none. Cancelled, nothing is consumed: nothing ever is.
+        returns none if there is none. An offset of a log that was lost since counts as `""`.
+        Cancelled, nothing is consumed: nothing ever is.
         """
 
     @abstractmethod
@@ -80,15 +93,11 @@ class Broker(ABC):
         """The offset of the last message of each partition; what is sent later is after it."""
 
     @abstractmethod
-    async def first_kept(self, partition: int) -> str:
-        """The offset of the first message that is still kept; `""` if the partition is empty."""
-
-    @abstractmethod
     async def get(self, key: str) -> Entry | None: ...
 
     @abstractmethod
-    async def list(self, prefix: str) -> Sequence[Entry]:
-        """The entries whose keys begin like this, in any order."""
+    async def list(self, directory: str) -> Sequence[Entry]:
+        """The entries whose keys are this, `/` and one part more, in any order."""
 
     @abstractmethod
     async def put(self, key: str, value: bytes, expected: str | None) -> str:
