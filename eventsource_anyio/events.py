@@ -124,6 +124,12 @@ def registered(cls: type[DomainEvent]) -> EventType:
     raise TypeError(f"{name} is not an event class. Write `class {name}(DomainEvent)`.")
 
 
+def class_named(name: str) -> type[DomainEvent] | None:
+    """The event class of this wire name, if it is defined by now."""
+    found = _by_name.get(name)
+    return None if found is None else found.event_class
+
+
 def names_under(event_classes: Iterable[type[DomainEvent]]) -> tuple[str, ...]:
     """The wire names of these event classes and of their subclasses, as far as they are defined."""
     classes = tuple(event_classes)

@@ -73,7 +73,10 @@ class Broker(ABC):
 
     @abstractmethod
     async def send(self, messages: Sequence[Message]) -> None:
-        """Store messages, in order; they are stored durably when it returns."""
+        """Store messages, in order; they are stored durably when it returns.
+
+        Of what fails or is cancelled, the first messages of each partition may be stored.
+        """
 
     @abstractmethod
     async def read(self, after: Mapping[int, str], limit: int, wait: float) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..events import DomainEvent, StoredEvent, names_under, registered
+from ..events import DomainEvent, StoredEvent, class_named, names_under, registered
 
 
 class EventFilter:
@@ -24,6 +24,13 @@ class EventFilter:
     def names(self) -> tuple[str, ...]:
         """The names of the types, as far as they are defined by now; empty means all."""
         return tuple({*self._names, *(names_under(self._classes) if self._classes else ())})
+
+    def wants_name(self, event_type: str) -> bool:
+        """Whether it wants events of this type, which need not be defined here."""
+        if self.everything or event_type in self._names:
+            return True
+        event_class = class_named(event_type)
+        return event_class is not None and issubclass(event_class, self._classes)
 
     def wants(self, stored: StoredEvent) -> bool:
         event_class = type(stored.event)
