@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from typing import cast
 from urllib.parse import quote
 from uuid import UUID
 
@@ -117,7 +116,7 @@ def decode(envelope: Envelope) -> StoredEvent | EventDecodeError:
         envelope.payload,
     )
     if isinstance(stored, StoredEvent) and envelope.schema_version != envelope.payload_version:
-        return cast("StoredEvent", replace(stored, schema_version=envelope.schema_version))
+        return replace(stored, schema_version=envelope.schema_version)
     return stored
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,7 +19,6 @@ from ..errors import StorageError
 from .broker import Broker, Message
 from .waiting import Backoff
 
-_logger = logging.getLogger("eventsource_anyio.bus")
 SENT_AT_ONCE = 1000
 
 
@@ -110,9 +108,10 @@ class Outgoing:
         self.sent += len(messages)
         for batch in taken:
             batch.done = True
-            self._batches.remove(batch)  # one that was given up meanwhile is not there any more
             if not batch.waited_for:
                 self.queued -= len(batch.messages)
+        while self._batches and self._batches[0].done:  # others were given up meanwhile
+            self._batches.popleft()
         self._change()
 
     def _change(self) -> None:
