@@ -14,7 +14,7 @@ import pytest
 
 from ..stores.in_memory import InMemoryEventStore
 from ..stores.sqlite import SQLiteEventStore
-from . import postgresql
+from . import postgresql, redis
 
 
 @pytest.fixture
@@ -56,3 +56,26 @@ def postgresql_dsn(postgresql_server: postgresql.PostgreSQLDatabases) -> Iterato
     dsn = postgresql_server.create_database()
     yield dsn
     postgresql_server.drop_database(dsn)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[redis.RedisDatabase]:
+    """A Redis server for all tests: see `eventsource_anyio.testing.redis`.
+
+    Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
+    fail.
+    """
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(redis.redis_server())
+        except redis.RedisUnavailableError as error:
+            if os.environ.get("CI"):
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: redis.RedisDatabase) -> str:
+    """The URL of a Redis server; give each bus a `prefix` of its own."""
+    return redis_server.url
