@@ -17,7 +17,7 @@ from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from attrs import frozen
 
-from ..errors import EventDecodeError, FellBehindError, StorageError
+from ..errors import EventDecodeError, FellBehindError, StorageError, StoreClosedError
 from ..events import StoredEvent
 from ..stores.interface import EventStore, ReadOptions, Subscription
 from .broker import Broker, ReceivedMessage
@@ -129,6 +129,9 @@ class BrokerStream(ObjectReceiveStream[StoredEvent]):
                         await self._read_some()
                     except StorageError as error:
                         await self._backoff.wait(error)
+                    except StoreClosedError:
+                        if not self._ended:
+                            raise
                     else:
                         self._backoff.reset()
                 self._waiting = None

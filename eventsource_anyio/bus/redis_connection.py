@@ -61,7 +61,7 @@ class Script:
 class RedisConnections:
     """Those to one server, made when there is need of them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, user: str = "RedisEventBus") -> None:
         if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError(
                 "url must begin with redis://, rediss:// or unix://, such as "
@@ -83,6 +83,7 @@ class RedisConnections:
         self.name = self._path or f"{self._address[0]}:{self._address[1]}"
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
+        self._user = user
         self._open = False
 
     def open(self) -> None:
@@ -120,7 +121,7 @@ class RedisConnections:
 
     async def _call(self, commands: Sequence[Command], wait: float) -> list[Reply]:
         if not self._open:
-            raise StoreClosedError("RedisEventBus")
+            raise StoreClosedError(self._user)
         connection = await self._take()
         self._busy.add(connection)
         done = False
@@ -130,7 +131,7 @@ class RedisConnections:
             done = True
         except _FAILURES as error:
             if not self._open:
-                raise StoreClosedError("RedisEventBus") from None
+                raise StoreClosedError(self._user) from None
             raise StorageError(
                 f"Redis at {self.name} does not answer: {_text(error)}.\n"
                 "  The connection was lost; whether the call was done is not known.\n"
