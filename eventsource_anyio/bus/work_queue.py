@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import TracebackType
@@ -106,7 +106,27 @@ class WorkQueue(ABC):
         Left by a cancellation, it is given to another worker at once, and was no attempt.
         A broker that fails is waited out, until there is a job.
         """
-        return _Receiving(self)
+        return _Receiving(self._take, self._end)
+
+    async def _end(self, job: Job, error: BaseException | None) -> None:
+        if error is None:
+            await self._done(job)
+            return
+        try:
+            if not isinstance(error, Exception):
+                await self._give_back(job, 0.0, attempted=False)
+            elif job.attempt < self.attempts:
+                pause = self.retry_after * 2 ** min(job.attempt - 1, 20)
+                await self._give_back(job, min(pause, _LONGEST_PAUSE), attempted=True)
+            else:
+                _logger.error(
+                    "job %s is given up, after %d attempts",
+                    *(job.job_id, job.attempt),
+                    exc_info=error,
+                )
+                await self._bury(job, f"{type(error).__name__}: {error}"[:2000])
+        except StorageError as failure:  # the end of the lease gives it to another
+            _logger.warning("job %s: %s", job.job_id, failure)
 
     @abstractmethod
     async def extend(self, job: Job) -> None:
@@ -159,8 +179,13 @@ class WorkQueue(ABC):
 
 
 class _Receiving(AbstractAsyncContextManager[Job]):
-    def __init__(self, queue: WorkQueue) -> None:
-        self._queue = queue
+    def __init__(
+        self,
+        take: Callable[[], Awaitable[Job | None]],
+        end: Callable[[Job, BaseException | None], Awaitable[None]],
+    ) -> None:
+        self._take = take
+        self._end = end
         self._job: Job | None = None
 
     async def __aenter__(self) -> Job:
@@ -169,7 +194,7 @@ class _Receiving(AbstractAsyncContextManager[Job]):
         backoff = Backoff("a worker waits")
         while self._job is None:
             try:
-                self._job = await self._queue._take()
+                self._job = await self._take()
             except StorageError as error:
                 await backoff.wait(error)
             else:
@@ -182,24 +207,6 @@ class _Receiving(AbstractAsyncContextManager[Job]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        queue, job = self._queue, self._job
-        assert job is not None
+        assert self._job is not None
         with shielded_cleanup():
-            if exc is None:
-                await queue._done(job)
-                return
-            try:
-                if not isinstance(exc, Exception):
-                    await queue._give_back(job, 0.0, attempted=False)
-                elif job.attempt >= queue.attempts:
-                    _logger.error(
-                        "job %s is given up, after %d attempts",
-                        *(job.job_id, job.attempt),
-                        exc_info=exc,
-                    )
-                    await queue._bury(job, f"{type(exc).__name__}: {exc}"[:2000])
-                else:
-                    pause = queue.retry_after * 2 ** min(job.attempt - 1, 20)
-                    await queue._give_back(job, min(pause, _LONGEST_PAUSE), attempted=True)
-            except StorageError as error:  # the end of the lease gives it to another
-                _logger.warning("job %s: %s", job.job_id, error)
+            await self._end(self._job, exc)
