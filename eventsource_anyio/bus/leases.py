@@ -12,13 +12,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from uuid import uuid4
 
 import anyio
 from msgspec import Struct
 from msgspec.json import Decoder, Encoder
 from msgspec.structs import replace
 
+from ..ids import uuid7
 from .broker import Broker, Entry, EntryConflictError
 from .encoding import key_part
 
@@ -90,7 +90,7 @@ class Members:
         self._lease = lease
         self._seen: dict[str, tuple[str, float]] = {}
         self._joined = False
-        self.me = str(uuid4())
+        self.me = str(uuid7())  # those that come later sort last, and move fewer partitions
 
     async def look(self) -> Collection[str]:
         """Say that this one is alive; all that are. One that was taken for dead has another id."""
@@ -101,7 +101,7 @@ class Members:
             except EntryConflictError:
                 own = None
         if own is None:
-            self.me = str(uuid4())
+            self.me = str(uuid7())
             self._joined = True
             await self._broker.put(self._key(self.me), b"", None)
         found = {
