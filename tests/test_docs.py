@@ -2,7 +2,7 @@
 
 A `text` block directly after a Python block is what was printed since the one before it. A Python
 block after `<!-- not run -->` is only compiled. A page that names `DATABASE_URL` gets an empty
-PostgreSQL database under that name.
+PostgreSQL database under that name, and one that names `REDIS_URL` an empty Redis server.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(
@@ -70,6 +72,15 @@ PAGES = {
 }
 
 
+@pytest.fixture
+def empty_redis_url(request):
+    if binary := redis_binary():
+        with RedisServer(binary) as server:
+            yield server.url
+    else:
+        yield request.getfixturevalue("redis_url")  # which says why there is none
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs_and_prints_what_it_says(page, backend, tmp_path, request):
@@ -79,6 +90,8 @@ def test_page_runs_and_prints_what_it_says(page, backend, tmp_path, request):
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     if any("DATABASE_URL" in block.source for block in run):
         environment["DATABASE_URL"] = request.getfixturevalue("postgresql_dsn")
+    if any("REDIS_URL" in block.source for block in run):
+        environment["REDIS_URL"] = request.getfixturevalue("empty_redis_url")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, backend, page],
         input=json.dumps([(block.line, block.source) for block in run]),
