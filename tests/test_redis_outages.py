@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import cast
 from uuid import uuid4
 
 import anyio
 import pytest
 
-from eventsource_anyio import StorageError
+from eventsource_anyio import StorageError, StoredEvent
 from eventsource_anyio.bus.redis import RedisEventBus
 from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.testing import cancel_at_every_checkpoint
@@ -46,13 +47,13 @@ async def test_a_server_that_is_killed_under_load_costs_no_event_and_no_order(
     seen = Seen()
     bus = make_bus()
     bus.register(seen)
-    received = []
+    received: list[StoredEvent] = []
     total = 200 * STREAMS
 
     async def publish(publisher) -> None:
         failures = 0
         for number in range(100):
-            batch = []
+            batch: list[StoredEvent] = []
             for stream in range(STREAMS):
                 batch += await stored(event_store, 2, str(stream), number)
             while True:
@@ -73,7 +74,7 @@ async def test_a_server_that_is_killed_under_load_costs_no_event_and_no_order(
 
     async def crash() -> None:
         for share in (0.2, 0.5, 0.8):
-            await seen.wait(lambda share=share: len(seen.events) > share * total)
+            await seen.wait_for(int(share * total))
             server.kill()
             await anyio.sleep(0.05)  # so that calls fail meanwhile
             await anyio.to_thread.run_sync(server.start)
@@ -158,7 +159,7 @@ async def test_a_log_that_was_lost_alone_is_read_from_its_new_beginning(
         await seen.wait_for(5)
         await receive(stream, 5)
         (keys,) = await connections.call(("KEYS", "*:events:*"))
-        (key,) = keys
+        (key,) = cast("list[bytes]", keys)
         await connections.call(("DEL", key), ("XADD", key, "1-0", "i", "x", "p", "no event"))
         await bus.publish(await stored(event_store, 5))
         await seen.wait_for(10)

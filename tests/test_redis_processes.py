@@ -17,6 +17,7 @@ import anyio
 import pytest
 from anyio.abc import Process
 
+from eventsource_anyio import StoredEvent
 from eventsource_anyio.bus.redis import RedisEventBus
 from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.testing.buses import stored
@@ -102,7 +103,7 @@ async def test_processes_that_are_killed_at_random_miss_nothing_and_keep_the_ord
         nonlocal published
         async with subscription.bus() as bus:
             while not over:
-                batch = []
+                batch: list[StoredEvent] = []
                 for stream in range(20):
                     batch += await stored(event_store, 1, str(stream))
                 await bus.publish(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import pytest
 
 from eventsource_anyio.testing import redis
 
-needs_binary = pytest.mark.skipif(redis.redis_binary() is None, reason="no redis-server on PATH")
+BINARY = redis.redis_binary() or Path()
+needs_binary = pytest.mark.skipif(Path() == BINARY, reason="no redis-server on PATH")
 
 
 def alive(pid: int) -> bool:
@@ -25,7 +27,7 @@ def alive(pid: int) -> bool:
 
 @needs_binary
 def test_a_server_is_there_while_it_is_entered():
-    with redis.RedisServer(redis.redis_binary()) as server:
+    with redis.RedisServer(BINARY) as server:
         directory, pid = server.directory, server.pid
         assert server.url.startswith("redis://127.0.0.1:")
         server.stop()
@@ -42,17 +44,17 @@ def test_a_server_is_there_while_it_is_entered():
 
 @needs_binary
 def test_two_servers_find_ports_of_their_own(monkeypatch):
-    with redis.RedisServer(redis.redis_binary()) as one:
+    with redis.RedisServer(BINARY) as one:
         ports = iter([one._port, one._port + 1])
-        monkeypatch.setattr(redis.secrets, "choice", lambda _: next(ports))
-        with redis.RedisServer(redis.redis_binary()) as other:
+        monkeypatch.setattr(secrets, "choice", lambda _: next(ports))
+        with redis.RedisServer(BINARY) as other:
             assert other.url != one.url
 
 
 @needs_binary
 def test_a_server_that_does_not_start_says_why():
     with pytest.raises(RuntimeError, match="did not start:"):
-        with redis.RedisServer(redis.redis_binary(), settings=("--no-such-setting", "1")):
+        with redis.RedisServer(BINARY, settings=("--no-such-setting", "1")):
             pass
 
 

@@ -267,4 +267,4 @@ async def test_the_group_may_be_gone(make_queue, redis_url):
 @pytest.mark.parametrize("option", ["lease", "attempts", "retry_after"])
 def test_wrong_options_are_refused(option):
     with pytest.raises(ValueError, match=option):
-        RedisWorkQueue("redis://localhost", "jobs", **{option: -1})
+        queues("redis://localhost")(**{option: -1})
