@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import TypeVar
 
 import anyio
@@ -72,7 +73,7 @@ class PartitionRun:
         self._recent = RecentIds(shared.remembered)
         self._parked: dict[str, DeadLetters] = {}
         self._backoff = Backoff(self._name)
-        self._saved = anyio.current_time()
+        self._saved = monotonic()
         self._stopping = False
         self._waiting: anyio.CancelScope | None = None
         self._scope = anyio.CancelScope()
@@ -145,7 +146,7 @@ class PartitionRun:
             ):
                 if self._stopping:
                     raise CutOffError
-                if anyio.current_time() > self._saved + _SAVED_EVERY:
+                if monotonic() > self._saved + _SAVED_EVERY:
                     await self._save()
                 await self._handle(envelope, message.payload)
             self._recent.add(message.message_id)
@@ -290,7 +291,7 @@ class PartitionRun:
                 raise _LeaseLostError from None
             # It is what was written here, by a call of which the answer was lost.
             self.lease = await self._shared.leases.save(found, standing)
-        self._saved = anyio.current_time()
+        self._saved = monotonic()
 
     async def _release(self) -> None:
         try:
