@@ -119,6 +119,17 @@ async def test_a_server_that_is_not_there(server, make_bus, event_store):
             async with make_bus():
                 pass
     server.start()
+    async with make_bus() as bus, bus.subscribe(after=0) as stream:
+        assert await receive(stream, 1) == list(events)  # and what has failed is not sent later
+        server.kill()
+        with pytest.raises(StorageError):
+            await bus.publish(await stored(event_store, 1, "failed"))
+        server.start()
+        last = await stored(event_store, 1, "last")
+        await bus.publish(last)
+        assert await receive(stream, 1) == list(last)
+        with anyio.move_on_after(0.05):
+            assert await stream.receive() is None
 
 
 async def test_a_server_that_came_back_empty_is_filled_from_the_store(
