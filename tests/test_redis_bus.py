@@ -19,13 +19,16 @@ from eventsource_anyio import (
     EventDecodeError,
     InMemoryEventStore,
     NewEvent,
+    ProjectionCoordinator,
     StoreClosedError,
     StoredEvent,
 )
 from eventsource_anyio import events as registry
 from eventsource_anyio.bus.letters import DeadLetters
 from eventsource_anyio.bus.redis import RedisEventBus
+from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.errors import FellBehindError
+from eventsource_anyio.relay import EventRelay
 from eventsource_anyio.testing import EventBusContract, cancel_at_every_checkpoint
 from eventsource_anyio.testing.buses import Seen, by_stream, receive, stored
 from eventsource_anyio.testing.redis import RedisDatabase
@@ -97,6 +100,19 @@ async def test_where_a_new_subscription_begins(make_bus, event_store, start):
             await until(lambda: len(seen.events) == {"new": 1, "first": 7, 3: 4}[start])
     expected = {"new": [7], "first": [1, 2, 3, 4, 5, 6, 7], 3: [4, 5, 6, 7]}[start]
     assert sorted(positions(seen.events)) == expected
+
+
+async def test_with_a_store_a_new_subscription_may_begin_before_the_broker(make_bus, event_store):
+    for number in range(10):
+        await stored(event_store, 10, str(number))  # never published
+    seen = Seen()
+    for count in (66, 67):  # the second one has nothing to read again
+        bus = make_bus(start=35, catch_up=event_store)
+        bus.register(seen)
+        async with running(bus):
+            await bus.publish(await stored(event_store, 1, "1"))
+            await seen.wait_for(count)
+    assert sorted(positions(seen.events)) == list(range(36, 103))
 
 
 async def test_a_subscription_goes_on_where_it_was(make_bus, event_store):
@@ -553,3 +569,58 @@ async def test_a_store_fills_a_bus(make_bus, redis_url):
         **{f"Thing-{one}": list(range(1, 101)) for one in range(25)},
         "Thing-last": [1],
     }
+
+
+# -- with relays ------------------------------------------------------------------------------
+
+
+async def test_a_relay_that_is_cut_off_before_its_checkpoint_delivers_again_and_nobody_notices(
+    make_bus, event_store
+):
+    seen, deliveries = Seen(), 0
+    bus = make_bus()
+    bus.register(seen)
+    async with running(bus), make_bus() as publisher, bus.subscribe() as stream:
+
+        async def deliver(events: Sequence[StoredEvent]) -> None:
+            nonlocal deliveries
+            await publisher.publish(events)
+            deliveries += 1
+            if deliveries % 3 == 1:  # killed between delivery and checkpoint
+                relaying.cancel_scope.cancel()
+                await anyio.sleep_forever()
+
+        for number in range(20):
+            await stored(event_store, 10, str(number % 4), number)
+        last = await event_store.last_position()
+        with anyio.fail_after(SECONDS):
+            for _ in range(5):
+                relay = EventRelay(deliver, name="relay", batch_size=50)
+                coordinator = ProjectionCoordinator(event_store, [relay])
+                async with anyio.create_task_group() as relaying:
+                    await relaying.start(coordinator.run)
+                    await coordinator.wait_for(last)
+                    coordinator.stop()
+        received = await receive(stream, 200)
+        await seen.wait_for(200)
+    assert deliveries > 4
+    whole = {f"Thing-{one}": list(range(1, 51)) for one in range(4)}
+    assert by_stream(received) == by_stream(seen.events) == whole
+
+
+async def test_rebuilding_a_relay_fills_a_bus_that_was_emptied(event_store, redis_url):
+    prefix = uuid4().hex
+    async with RedisEventBus(redis_url, prefix=prefix) as bus:
+        events = await stored(event_store, 20)
+        coordinator = ProjectionCoordinator(event_store, [EventRelay(bus, name="relay")])
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            await coordinator.wait_for(20)
+            connections = RedisConnections(redis_url)
+            connections.open()
+            await connections.call(("DEL", *(f"{prefix}:events:{one:04}" for one in range(8))))
+            await connections.close()
+            async with bus.subscribe() as stream:
+                await coordinator.rebuild("relay")
+                assert await receive(stream, 20) == list(events)
+            coordinator.stop()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TypeVar
@@ -19,13 +20,14 @@ import anyio
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
 from attrs import frozen
+from msgspec.structs import replace
 
 from ..errors import EventDecodeError, FellBehindError, StorageError
 from ..stores.interface import EventStore, ReadOptions
 from .broker import Broker, EntryConflictError, Reading, ReceivedMessage
 from .delivering import CutOffError, Handlers
 from .encoding import Envelope, decode, encode, opened, slices_of
-from .leases import Lease, LeaseRepository, Standing
+from .leases import Lease, LeaseRepository
 from .letters import DeadLetterRepository, DeadLetters
 from .recent import RecentIds
 from .waiting import Backoff
@@ -107,6 +109,9 @@ class PartitionRun:
 
     async def _follow(self) -> None:
         await self._patiently(self._prepare)
+        if self.lease.standing.until > self._position and not self._stopping:
+            with suppress(CutOffError):
+                await self._read_store(self.lease.standing.until)
         while not self._stopping:
             reading = await self._patiently(self._read)
             if reading is None or not reading.messages:
@@ -193,23 +198,26 @@ class PartitionRun:
             self._parked[stream_id] = changed
         return added is not None
 
+    # What the broker does not have ---------------------------------------------------------------
+
     async def _make_up_for(self, first: ReceivedMessage) -> None:
         """The broker has dropped what comes before this message, and was not handled."""
-        skip, after = self.lease.standing.skip, self._position
+        skip = self.lease.standing.skip
         if not self._offset and not skip:
             return  # it begins with what there is
         envelope = opened(first)
-        until = envelope.position - 1 if envelope is not None else 0
-        after = max(after, skip)
-        if until <= after:
-            return
-        store = self._shared.catch_up
-        if store is None:
+        after, until = max(self._position, skip), envelope.position - 1 if envelope else 0
+        if until > after and not await self._read_store(until):
             self._shared.missed()
             _logger.error("%s: %s", self._name, FellBehindError(after, until))
-            return
-        slices = slices_of(self.partition, self._shared.partitions)
-        options = ReadOptions(slices=slices)
+
+    async def _read_store(self, until: int) -> bool:
+        """Handle what the store has from where it is up to a position; False: there is no store."""
+        store = self._shared.catch_up
+        if store is None:
+            return False
+        options = ReadOptions(slices=slices_of(self.partition, self._shared.partitions))
+        after = max(self._position, self.lease.standing.skip)
         async with store.subscribe(after=after, options=options) as subscription:
             while subscription.position < until:
                 for stored in await self._insist(subscription.next_batch):
@@ -222,6 +230,8 @@ class PartitionRun:
                                 self.partition, self._offset, message.message_id, message.payload
                             )
                         )
+        self._position = max(self._position, until)
+        return True
 
     # Waiting -------------------------------------------------------------------------------------
 
@@ -281,7 +291,9 @@ class PartitionRun:
             _logger.info("%s: not saved: %s", self._name, error)
 
     async def _write(self, owner: str | None) -> None:
-        standing = Standing(self._offset, self._position, self.lease.standing.skip, owner)
+        standing = replace(
+            self.lease.standing, offset=self._offset, position=self._position, owner=owner
+        )
         try:
             self.lease = await self._shared.leases.save(self.lease, standing)
         except EntryConflictError:

@@ -64,6 +64,7 @@ class EventBus(ABC):
     def register(self, handler: EventHandler, *event_types: str | type[DomainEvent]) -> None:
         """Have a handler called with each event of these types, one after another.
 
+        Through a broker, that is the events of each stream.
         A class stands for its subclasses too; no types means all events. Different handlers run
         concurrently while `run()` does. Handlers are registered before it is started.
         """

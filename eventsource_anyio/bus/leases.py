@@ -27,12 +27,13 @@ class Standing(Struct, frozen=True, omit_defaults=True):
     """How far a subscription has got in a partition, and who goes on from there.
 
     `position` is that of the last event that was handled, as far as is known. Events up to the
-    position `skip` are not handled.
+    position `skip` are not handled. Those up to `until` are read in the store first.
     """
 
     offset: str
     position: int = 0
     skip: int = 0
+    until: int = 0
     owner: str | None = None
 
 

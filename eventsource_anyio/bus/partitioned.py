@@ -3,7 +3,8 @@
 - The streams of events are divided into partitions, each kept in order by the broker.
 - All handlers of one bus object are one subscription, which processes share: each partition has one
   reader at a time, so each stream is handled in order, whoever reads it.
-- Nothing that the broker has is the only copy: it can be filled again from the store.
+- Nothing that the broker has is the only copy: it can be filled again from the store. So what is
+  published again is sent again, and dropped by those who receive it: the broker may have lost it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from .filtering import EventFilter
 from .interface import EventBus, EventHandler, FailurePolicy
 from .letters import DeadLetterRepository, DeadLetters, discard, retry
 from .receiving import BrokerStream
-from .recent import RecentIds
 from .sending import SENT_AT_ONCE, Outgoing
 from .sharing import Sharing, Start
 
@@ -58,7 +58,8 @@ class BrokerEventBus(EventBus):
     `subscription` names what the handlers of this object are one part of: every process that gives
     the same name shares the work, and has to register the same handlers. Where it is new it begins
     with what is published from now on (`start="new"`), with what the broker still has (`"first"`),
-    or after a position of the store (a number).
+    or after a position of the store (a number). A handler is called with the events of one
+    partition one after another, and with those of different ones at the same time.
 
     `attempts` are how often a handler is called with an event before the event, and what comes
     after it in its stream, is set aside as dead letters; the pauses between begin with
@@ -103,7 +104,6 @@ class BrokerEventBus(EventBus):
         self._remembered = remembered
         self._handlers = Handlers(attempts, retry_after, on_failure)
         self._outgoing = Outgoing(broker, buffer)
-        self._recent = RecentIds(remembered)
         self._streams: set[BrokerStream] = set()
         self._sharing: Sharing | None = None
         self._missed = 0
@@ -116,8 +116,7 @@ class BrokerEventBus(EventBus):
         self._check_open()
         if background:
             self._outgoing.check_running()
-        new = [one for one in events if str(one.event_id) not in self._recent]
-        messages = [encode(one, self._partitions) for one in new]
+        messages = [encode(one, self._partitions) for one in events]
         if not messages:
             await checkpoint()
         await self._send(messages, background)
@@ -129,8 +128,6 @@ class BrokerEventBus(EventBus):
                 await self._outgoing.queue(chunk)
             else:
                 await self._outgoing.send(chunk)
-            for message in chunk:
-                self._recent.add(message.message_id)
 
     def register(self, handler: EventHandler, *event_types: str | type[DomainEvent]) -> None:
         if self._stopped is not None:

@@ -13,6 +13,7 @@ scope, before clean-up could use it, and turns errors into groups.
 from __future__ import annotations
 
 import select
+import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha1
 from ssl import SSLContext, create_default_context
@@ -224,6 +225,8 @@ class _Connection:
         """Whether there is nothing to read, not even an end."""
         if self._closed:
             return False
+        if sys.platform == "win32":
+            return not select.select([self._socket], [], [], 0)[0]
         look = select.poll()
         look.register(self._socket.fileno(), select.POLLIN)
         return not look.poll(0)

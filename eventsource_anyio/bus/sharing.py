@@ -174,13 +174,12 @@ class Sharing:
         is there now was handled.
         """
         ends = await self._broker.ends(partitions)
-        position = 0
-        if self._start == "new" and self._catch_up is not None:
-            position = await self._catch_up.last_position()
+        position = 0 if self._catch_up is None else await self._catch_up.last_position()
         for partition in partitions:
             standing = Standing("")
             if isinstance(self._start, int):
-                standing = Standing("", self._start, self._start)
+                offset = "" if self._catch_up is None else ends[partition]
+                standing = Standing(offset, self._start, self._start, position)
             elif self._start == "new" and not self._begun:
                 standing = Standing(ends[partition], position)
                 if not position and ends[partition]:
