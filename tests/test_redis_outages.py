@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import signal
 from collections.abc import Iterator
 from typing import cast
@@ -255,6 +257,31 @@ async def test_a_unix_socket(tmp_path_factory, event_store):
         async with RedisEventBus(f"unix://{socket}") as bus, bus.subscribe() as stream:
             await bus.publish(await stored(event_store, 1))
             assert len(await receive(stream, 1)) == 1
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl, to make a certificate")
+async def test_tls_checks_the_certificate_and_its_name(tmp_path_factory, event_store):
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("no redis-server on PATH")
+    directory = tmp_path_factory.mktemp("tls")
+    key, certificate = directory / "key", directory / "certificate"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
+    await anyio.run_process([*command, "-out", str(certificate)])
+    port = secrets.choice(range(10_000, 32_000))
+    settings = ("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-cert-file")
+    settings += (str(certificate), "--tls-key-file", str(key))
+    with RedisServer(binary, settings=settings):
+        trusted = f"ssl_ca_certs={certificate}&ssl_check_hostname=true"
+        url = f"rediss://localhost:{port}/0?{trusted}"
+        async with RedisEventBus(url) as bus, bus.subscribe() as stream:
+            await bus.publish(await stored(event_store, 100))
+            assert len(await receive(stream, 100)) == 100
+        for wrong in (f"rediss://localhost:{port}", f"rediss://127.0.0.1:{port}?{trusted}"):
+            with pytest.raises(StorageError, match=r"(?i)certificate"):
+                async with RedisEventBus(wrong):
+                    pass
 
 
 def test_a_url_of_something_else():
