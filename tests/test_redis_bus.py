@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
+from random import Random
 from uuid import uuid4
 
 import anyio
@@ -20,12 +22,16 @@ from eventsource_anyio import (
     InMemoryEventStore,
     NewEvent,
     ProjectionCoordinator,
+    StorageError,
     StoreClosedError,
     StoredEvent,
 )
 from eventsource_anyio import events as registry
+from eventsource_anyio.bus.broker import Message
 from eventsource_anyio.bus.letters import DeadLetters
+from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.bus.redis import RedisEventBus
+from eventsource_anyio.bus.redis_broker import RedisBroker
 from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.errors import FellBehindError
 from eventsource_anyio.relay import EventRelay
@@ -430,6 +436,77 @@ async def test_a_stream_is_set_aside_while_others_go_on(make_bus, event_store):
         await picky.seen.wait_for(12)
     assert by_stream(picky.seen.events)["Thing-bad"] == [1, 2, 3, 4, 5, 6, 7]
     assert by_stream(other.events)["Thing-bad"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_an_error_of_a_storage_costs_no_attempt(make_bus, event_store):
+    seen, failures = Seen(), 0
+
+    async def handle(event: StoredEvent) -> None:
+        nonlocal failures
+        failures += 1
+        if failures < 4:
+            raise StorageError("the handler's own database is away")
+        await seen(event)
+
+    bus = make_bus(attempts=1)
+    bus.register(handle)
+    async with running(bus):
+        await bus.publish(await stored(event_store, 2))
+        await seen.wait_for(2)
+        assert await bus.dead_letters() == []
+    assert by_stream(seen.events) == {"Thing-a": [1, 2]}
+
+
+class Losing(RedisBroker):
+    """One answer of four is lost, after what was asked for has been done."""
+
+    losing = False
+    random = Random(0)
+
+    def lose(self) -> None:
+        if self.losing and self.random.random() < 0.25:
+            raise StorageError("the answer was lost")
+
+    async def put(self, key: str, value: bytes, expected: str | None) -> str:
+        revision = await super().put(key, value, expected)
+        self.lose()
+        return revision
+
+    async def send(self, messages: Sequence[Message]) -> None:
+        await super().send(messages)
+        self.lose()
+
+
+async def test_lost_answers_cost_nothing(redis_url, event_store):
+    picky, other = Picky(), Seen()
+    broker = Losing(RedisConnections(redis_url), uuid4().hex, keep=10_000)
+    bus = BrokerEventBus(broker, subscription="test", attempts=1, lease=0.5)
+    bus.register(picky)
+    bus.register(other, Happened)
+    async with running(bus), bus.subscribe() as stream:
+        broker.losing = True
+        for number in range(60):
+            for name in ("good", "fine", "bad"):
+                events = await stored(event_store, 1, name, number)
+                with anyio.fail_after(SECONDS):
+                    while True:
+                        with suppress(StorageError):
+                            await bus.publish(events)
+                            break
+        received = await receive(stream, 180)
+        await picky.seen.wait_for(122)
+        with anyio.fail_after(SECONDS):
+            while True:
+                with suppress(StorageError):
+                    letters = await bus.dead_letters()
+                    if letters and letters[0].last == 60:
+                        break
+        broker.losing = picky.failing = False
+        await bus.retry_dead_letters("Thing-bad")
+        await picky.seen.wait_for(180)
+    whole = list(range(1, 61))
+    assert by_stream(received) == {f"Thing-{one}": whole for one in ("good", "fine", "bad")}
+    assert by_stream(picky.seen.events) == by_stream(received)
 
 
 async def test_dead_letters_outlive_who_made_them_and_are_discarded(make_bus, event_store):

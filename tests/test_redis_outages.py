@@ -270,8 +270,10 @@ async def test_tls_checks_the_certificate_and_its_name(tmp_path_factory, event_s
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
     await anyio.run_process([*command, "-out", str(certificate)])
     port = secrets.choice(range(10_000, 32_000))
-    settings = ("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-cert-file")
-    settings += (str(certificate), "--tls-key-file", str(key))
+    settings = (
+        *("--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", str(certificate), "--tls-key-file", str(key)),
+    )
     with RedisServer(binary, settings=settings):
         trusted = f"ssl_ca_certs={certificate}&ssl_check_hostname=true"
         url = f"rediss://localhost:{port}/0?{trusted}"

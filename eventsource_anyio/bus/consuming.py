@@ -271,9 +271,12 @@ class PartitionRun:
         """Its result, as soon as the broker works; `CutOffError` if it is stopped before that."""
         while True:
             try:
-                return await call()
+                result = await call()
             except StorageError as error:
                 failure = error
+            else:
+                self._backoff.reset()
+                return result
             await self._pause(partial(self._backoff.wait, failure))
             if self._stopping:
                 raise CutOffError
