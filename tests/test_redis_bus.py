@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from random import Random
 from uuid import uuid4
@@ -28,6 +28,7 @@ from eventsource_anyio import (
 )
 from eventsource_anyio import events as registry
 from eventsource_anyio.bus.broker import Message
+from eventsource_anyio.bus.encoding import encode, open_payload
 from eventsource_anyio.bus.letters import DeadLetters
 from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.bus.redis import RedisEventBus
@@ -283,8 +284,17 @@ async def test_an_event_that_was_stored_at_an_older_schema_arrives_equal(make_bu
     assert received[1].schema_version == 7
 
 
-async def test_many_publishers_share_round_trips_and_keep_the_order(make_bus, event_store):
-    async with make_bus() as bus, bus.subscribe() as stream:
+class Counting(RedisBroker):
+    sends = 0
+
+    async def send(self, messages: Sequence[Message]) -> None:
+        self.sends += 1
+        await super().send(messages)
+
+
+async def test_many_publishers_share_round_trips_and_keep_the_order(redis_url, event_store):
+    broker = Counting(RedisConnections(redis_url), uuid4().hex, keep=10_000)
+    async with BrokerEventBus(broker) as bus, bus.subscribe() as stream:
 
         async def publish(name: str) -> None:
             for _ in range(20):
@@ -294,6 +304,7 @@ async def test_many_publishers_share_round_trips_and_keep_the_order(make_bus, ev
             for number in range(20):
                 tasks.start_soon(publish, str(number))
         received = await receive(stream, 800)
+    assert broker.sends < 100
     assert by_stream(received) == {f"Thing-{one}": list(range(1, 41)) for one in range(20)}
 
 
@@ -554,6 +565,30 @@ async def test_what_cannot_be_decoded_is_a_dead_letter_at_once(make_bus, event_s
         monkeypatch.setitem(registry._by_name, "Removed", known)
         assert await bus.retry_dead_letters("Thing-a") == 1
     assert seen.events == list(result.events)
+
+
+async def test_a_letter_that_was_never_counted_in_is_nobodys(make_bus, event_store):
+    """Somebody has died after writing it, and then its event was handled after all."""
+    picky = Picky()
+    bus = make_bus(attempts=1)
+    bus.register(picky)
+    async with running(bus):
+        events = await stored(event_store, 4, "bad")
+        message = encode(events[1], 8)
+        envelope = open_payload(message.payload)
+        letters = bus._letters()
+        left = DeadLetters("Thing-bad", 2, 2, 1, "", datetime.now(UTC), revision="f" * 32)
+        assert await letters.add(left, envelope, message.payload) is None
+        key = letters._letter_key("Thing-bad", 2)
+        await bus._broker.put(key, b"not even a letter", None)
+        await bus.publish(events)
+        with anyio.fail_after(SECONDS):
+            while not (found := await bus.dead_letters()) or found[0].last < 4:
+                pass
+        picky.failing = False
+        assert await bus.retry_dead_letters("Thing-bad") == 2
+        assert await letters.letters("Thing-bad") == []
+    assert by_stream(picky.seen.events) == {"Thing-bad": [1, 2, 3, 4]}
 
 
 async def test_a_retry_and_the_subscription_lose_nothing_between_them(make_bus, event_store):
