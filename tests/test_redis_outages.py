@@ -6,6 +6,8 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import cast
 from uuid import uuid4
@@ -284,6 +286,18 @@ async def test_tls_checks_the_certificate_and_its_name(tmp_path_factory, event_s
             with pytest.raises(StorageError, match=r"(?i)certificate"):
                 async with RedisEventBus(wrong):
                     pass
+
+
+def test_without_coredis_it_is_said_which_extra_brings_it():
+    script = (
+        "import sys; sys.modules['coredis'] = None\n"
+        "try:\n    import eventsource_anyio.bus.redis\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert "pip install 'eventsource-anyio[redis]'" in said.stdout
 
 
 def test_a_url_of_something_else():
