@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from statistics import quantiles
 from time import monotonic, perf_counter
-from typing import IO, TypeAlias, cast
+from typing import IO, cast
 from uuid import uuid4
 
 import anyio
@@ -25,9 +25,8 @@ from eventsource_anyio.ids import uuid7
 from eventsource_anyio.testing.redis import redis_server
 
 from .events import PLACED
-from .suite import LOOPS, on
+from .suite import LOOPS, Found, on
 
-Found: TypeAlias = dict[str, float]
 _BATCH = 500  # what a relay reads at a time
 _STREAMS = 1000
 _WARM = 20
