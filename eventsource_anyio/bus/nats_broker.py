@@ -40,7 +40,7 @@ class NATSBroker(Broker):
         self,
         servers: str | Sequence[str],
         *,
-        name: str = "events",
+        name: str = "eventsource",
         keep: int = 100_000,
         replicas: int = 1,
         options: Mapping[str, object] | None = None,
@@ -67,7 +67,9 @@ class NATSBroker(Broker):
         if self._opened is not None:
             raise RuntimeError("this connection to NATS is open already")
         async with AsyncExitStack() as stack:
-            guest = self._given_guest or await stack.enter_async_context(Guest())
+            guest = self._given_guest or Guest()
+            if guest is not self._given_guest:
+                await stack.enter_async_context(guest)
             stack.push_async_callback(self._close, guest)
             await guest.run(self._connect())
             self._opened = guest, stack.pop_all()

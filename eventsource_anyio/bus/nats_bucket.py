@@ -3,8 +3,8 @@
 - A key is a subject: its parts are tokens. A revision is the sequence of the value, which is the
   only one of its subject that is kept.
 - Values are read at the stream's leader, so what was put is there for everybody; lists are not.
-- An entry is deleted by its sequence, which leaves nothing behind. The markers that NATS's own tools
-  leave instead are no entries.
+- An entry is deleted by its sequence, which leaves nothing behind. The markers that NATS's own
+  tools leave instead are no entries.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ class Bucket:
     async def list(self, directory: str) -> Sequence[Entry]:
         await self.make()
         found: dict[str, Entry] = {}  # one that is put meanwhile comes again, further on
+        subject = self._subject(f"{directory}/*")
         sequence, complete = 0, False
         while not complete:
-            call = get_from(self._stream, sequence, _AT_ONCE, subject=self._subject(f"{directory}/*"))
+            call = get_from(self._stream, sequence, _AT_ONCE, subject=subject)
             await self._connection.ask([call])
             messages, complete = answered(call)
             for message in messages:

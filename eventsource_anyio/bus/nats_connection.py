@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -127,7 +128,7 @@ class Connection:
     async def listen(self, subject: str, listener: Listener) -> None:
         """Have a function called with each message, from now on and over reconnections."""
         client = await self._connected()
-        self._listening[subject] = listener, await client.subscribe(subject, cb=listener)
+        self._listening[subject] = listener, await _subscribe(client, subject, listener)
 
     async def stop_listening(self, subject: str) -> None:
         _, subscription = self._listening.pop(subject)
@@ -227,9 +228,9 @@ class Connection:
             )
             attempts = 0
             self._inbox = client.new_inbox()
-            await client.subscribe(f"{self._inbox}.*", cb=self._answered)
+            await _subscribe(client, f"{self._inbox}.*", self._answered)
             for subject, (listener, _) in list(self._listening.items()):
-                self._listening[subject] = listener, await client.subscribe(subject, cb=listener)
+                self._listening[subject] = listener, await _subscribe(client, subject, listener)
         except BaseException as error:
             with shielded_cleanup():
                 await client.close()
@@ -255,7 +256,7 @@ class Connection:
         return StorageError(
             f"NATS at {self.where} cannot be reached: {why}.\n"
             "  Nothing of this call was stored.\n"
-            "  Check that the server runs there and lets this user in. The connection is made again "
+            "  Check that the server runs there and lets this user in. It is connected to again "
             "by itself; make the call again then."
         )
 
@@ -271,6 +272,10 @@ class _EveryServerFailedError(Exception):
     pass
 
 
+async def _subscribe(client: Client, subject: str, listener: Listener) -> Subscription:
+    return await client.subscribe(subject, cb=listener)  # pyright: ignore[reportUnknownMemberType]
+
+
 def status_of(message: Msg) -> str:
     """The status that a message has in place of a payload; empty if it has none."""
     headers = message.headers
@@ -278,10 +283,8 @@ def status_of(message: Msg) -> str:
 
 
 def _check_installed() -> None:
-    try:
-        import nats.aio.client  # noqa: F401
-    except ImportError as error:
+    if find_spec("nats") is None:
         raise ImportError(
             "nats-py is not installed, which buses and work queues on NATS need. It comes with an "
             "extra: pip install 'eventsource-anyio[nats]'"
-        ) from error
+        )

@@ -84,12 +84,12 @@ class Partitions:
         for message in messages:
             partitions[message.partition].append(message)
         await self._have(partitions)
-        packs = [
-            [(f"{self._name}.events.{partition}", pack) for pack in packed(its_messages)]
+        calls_of_each = [
+            [Call(f"{self._name}.events.{partition}", pack) for pack in packed(its_messages)]
             for partition, its_messages in partitions.items()
         ]
-        for together in zip_longest(*packs):
-            calls = [Call(*pack) for pack in together if pack is not None]
+        for together in zip_longest(*calls_of_each):
+            calls = [call for call in together if call is not None]
             await self._connection.ask(calls)
             for call in calls:
                 call.decoded(Stored)

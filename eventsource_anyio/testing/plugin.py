@@ -14,7 +14,7 @@ import pytest
 
 from ..stores.in_memory import InMemoryEventStore
 from ..stores.sqlite import SQLiteEventStore
-from . import postgresql, redis
+from . import nats, postgresql, redis
 
 
 @pytest.fixture
@@ -79,3 +79,26 @@ def redis_server() -> Iterator[redis.RedisDatabase]:
 def redis_url(redis_server: redis.RedisDatabase) -> str:
     """The URL of a Redis server; give each bus a `prefix` of its own."""
     return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[nats.NATSAccount]:
+    """A NATS server for all tests: see `eventsource_anyio.testing.nats`.
+
+    Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
+    fail.
+    """
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(nats.nats_server())
+        except nats.NATSUnavailableError as error:
+            if os.environ.get("CI"):
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))
+        yield server
+
+
+@pytest.fixture
+def nats_url(nats_server: nats.NATSAccount) -> str:
+    """The URL of a NATS server with JetStream; give each bus a `name` of its own."""
+    return nats_server.url
