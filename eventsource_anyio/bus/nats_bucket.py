@@ -59,7 +59,9 @@ class Bucket:
 
     async def _raw(self, key: str) -> RawMessage | None:
         await self.make()
-        request = {"last_by_subj": self._subject(key)}
+        return await self._get({"last_by_subj": self._subject(key)})
+
+    async def _get(self, request: object) -> RawMessage | None:
         try:
             answer = await self._connection.api(f"STREAM.MSG.GET.{self._stream}", request, Found)
         except RefusedError as error:
@@ -109,6 +111,9 @@ class Bucket:
 
     async def delete(self, key: str, expected: str) -> None:
         await self.make()
+        found = await self._get({"seq": int(expected)})
+        if found is None or found.subject != self._subject(key):
+            raise EntryConflictError(key)
         request = {"seq": int(expected), "no_erase": True}
         try:
             await self._connection.api(f"STREAM.MSG.DELETE.{self._stream}", request, Done)

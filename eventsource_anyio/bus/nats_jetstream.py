@@ -1,10 +1,13 @@
 """Streams of JetStream: made where they are missing, and asked for what they have.
 
-All of it runs on asyncio, as `nats_connection` does.
+- A stream begins with a sequence made of the time, so one that was lost and made anew goes on after
+  the former, and no sequence comes back.
+- All of it runs on asyncio, as `nats_connection` does.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,6 +51,7 @@ class Done(Answer, frozen=True, kw_only=True):
 
 class RawMessage(Struct, frozen=True):
     seq: int
+    subject: str = ""
     data: str = ""
     hdrs: str = ""
 
@@ -67,6 +71,7 @@ async def make_stream(
             raise
         try:
             config = {"name": name, "subjects": [subject], "allow_direct": True, **config}
+            config["first_seq"] = time.time_ns() // 1000
             return await connection.api(f"STREAM.CREATE.{name}", config, Stream)
         except RefusedError as error:
             if error.code != NAME_IN_USE:

@@ -1,7 +1,5 @@
 """Partitions as streams of JetStream.
 
-- Each begins with a sequence made of the time, so one that was lost and made anew goes on after the
-  former, and places in the former are before all that it has.
 - The packs of one partition are sent one after the other was stored, so there is never a gap before
   what is stored.
 - Reading asks a stream for what is after a place, and keeps nothing at the server. What a stream
@@ -12,7 +10,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -66,11 +63,8 @@ class Partitions:
         for partition in partitions:
             if partition not in self._begins:
                 subject = f"{self._name}.events.{partition}"
-                config = {
-                    **self._config,
-                    "first_seq": time.time_ns() // 1000,
-                    "republish": {"src": subject, "dest": self._stored(partition)},
-                }
+                republish = {"src": subject, "dest": self._stored(partition)}
+                config = {**self._config, "republish": republish}
                 made = await make_stream(self._connection, self._stream(partition), subject, config)
                 self._begins[partition] = made.config.first_seq
 
@@ -116,9 +110,10 @@ class Partitions:
     async def _look(self, places: Mapping[int, Place], limit: int) -> Reading:
         """What there is now."""
         asked = {p: place for p, place in places.items() if not self._heard[p].covers(place)}
-        heard = {p: place for p, place in places.items() if p not in asked}
         lost: set[int] = set()
         found = await self._ask_for(asked, limit, lost) if asked else []
+        heard = {p: place for p, place in places.items() if p not in asked}
+        heard = {p: place for p, place in heard.items() if self._heard[p].covers(place)}
         for most in (limit, max(1, limit // len(places))):
             news = [one for p, place in heard.items() for one in self._heard[p].after(place, most)]
             if len(news) <= limit:
