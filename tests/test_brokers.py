@@ -8,8 +8,11 @@ from uuid import uuid4
 import pytest
 
 from eventsource_anyio.bus.nats_broker import NATSBroker
+from eventsource_anyio.bus.redis_broker import RedisBroker
+from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.testing.brokers import BrokerContract, BrokerFailureContract
 from eventsource_anyio.testing.nats import NATSServer, nats_binary
+from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +41,31 @@ class TestNATSBrokerFailures(BrokerFailureContract):
     def new_broker(self, server: NATSServer) -> Callable[[], NATSBroker]:
         name = uuid4().hex
         return lambda: NATSBroker(server.url, name=name, keep=10_000)
+
+
+@pytest.fixture(scope="module")
+def own_redis_server(redis_server: object) -> Iterator[RedisServer]:
+    """One that may be killed."""
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("no redis-server to start: only one that is not ours to kill")
+    with RedisServer(binary) as server:
+        yield server
+
+
+class TestRedisBroker(BrokerContract):
+    @pytest.fixture
+    def new_broker(self, redis_url: str) -> Callable[[], RedisBroker]:
+        prefix = uuid4().hex
+        return lambda: RedisBroker(RedisConnections(redis_url), prefix, 1000)
+
+
+class TestRedisBrokerFailures(BrokerFailureContract):
+    @pytest.fixture
+    def server(self, own_redis_server: RedisServer) -> RedisServer:
+        return own_redis_server
+
+    @pytest.fixture
+    def new_broker(self, server: RedisServer) -> Callable[[], RedisBroker]:
+        prefix = uuid4().hex
+        return lambda: RedisBroker(RedisConnections(server.url), prefix, 10_000)
