@@ -10,6 +10,7 @@ from uuid import uuid4
 import anyio
 
 from eventsource_anyio import StoredEvent
+from eventsource_anyio.bus.nats import NATSEventBus
 from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.bus.redis import RedisEventBus
 
@@ -57,3 +58,14 @@ async def until(condition: Callable[[], object], look: Callable[[], object] = la
 
 def positions(events: Sequence[StoredEvent]) -> list[int]:
     return [one.position for one in events]
+
+
+def nats_buses(url: str) -> MakeBus:
+    """Likewise."""
+    name = uuid4().hex
+
+    def make(**options: object) -> BrokerEventBus:
+        given = {"subscription": "test", "retry_after": 0.01, "name": name, **options}
+        return NATSEventBus(url, **given)  # type: ignore[arg-type]
+
+    return make

@@ -128,7 +128,7 @@ class NATSBroker(Broker):
         if self._opened is None:
             raise StorageError(
                 f"NATS at {self._connection.where} is not connected to.\n"
-                "  Nothing of this call was stored.\n"
+                "  Nothing of this call was done.\n"
                 "  A bus is open inside its `async with` block only."
             )
         return await self._opened[0].run(self._translated(work, *args, **kwargs))
@@ -148,13 +148,13 @@ class NATSBroker(Broker):
         except NoAnswererError:
             raise StorageError(
                 f"NATS at {self._connection.where} has no JetStream.\n"
-                "  Nothing of this call was stored.\n"
+                "  Nothing of this call was done.\n"
                 "  Start the server with -js, or with jetstream {} in its configuration."
             ) from None
         except RefusedError as error:
             raise StorageError(
                 f"NATS at {self._connection.where} has refused: {error}.\n"
-                "  Nothing of this call was stored.\n"
+                "  Nothing of this call was done.\n"
                 "  The number is JetStream's error code. Mend what it names, then make the call "
                 "again."
             ) from error

@@ -13,6 +13,8 @@ import builtins
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 
+from msgspec.json import encode
+
 from .broker import Entry, EntryConflictError
 from .nats_connection import Call, Connection, RefusedError
 from .nats_jetstream import (
@@ -101,7 +103,7 @@ class Bucket:
     async def _put(self, key: str, value: bytes, expected: str) -> str:
         headers = {"Nats-Expected-Last-Subject-Sequence": expected}
         call = Call(self._subject(key), value, headers)
-        await self._connection.ask([call])
+        await self._connection.ask([call], once=True)
         try:
             return str(call.decoded(Stored).seq)
         except RefusedError as error:
@@ -116,7 +118,9 @@ class Bucket:
             raise EntryConflictError(key)
         request = {"seq": int(expected), "no_erase": True}
         try:
-            await self._connection.api(f"STREAM.MSG.DELETE.{self._stream}", request, Done)
+            call = Call(f"$JS.API.STREAM.MSG.DELETE.{self._stream}", encode(request))
+            await self._connection.ask([call], once=True)
+            call.decoded(Done)
         except RefusedError as error:
             if error.code in NO_SUCH_SEQUENCE:
                 raise EntryConflictError(key) from None

@@ -3,8 +3,9 @@
 - All of it runs on asyncio: on Trio inside the guest, where whoever calls it has to be.
 - A call has a subject of its own, under one inbox, that answers are sent to. nats-py's requests
   would wait out their time when the connection is lost; these fail at once.
-- nats-py makes the connection anew by itself. Where it gives up, because the server told it to,
-  the next call opens another one, which listens to what the former has listened to.
+- When the connection is lost, the next call makes another one, which listens to what the former
+  has listened to. nats-py could do so by itself, but would then send what it has kept of calls that
+  have failed, try in the background for ever, and leave tasks behind when it is closed meanwhile.
 - Of nats-py, `flush` and `rtt` are not used: cancelled, they break its reading task.
 """
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 _ANSWER = 5.0  # seconds that the server may take to answer
 _OPTIONS: Mapping[str, Any] = {
-    "max_reconnect_attempts": -1,
-    "reconnect_time_wait": 0.1,  # seconds, for each server
     "ping_interval": 10,  # a silent connection is given up when the second one is not answered
     "max_outstanding_pings": 1,
 }
@@ -64,7 +63,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 class Call:
     """What is sent, and its answers; with `many`, those until one that has a status."""
 
-    __slots__ = ("answers", "done", "error", "headers", "many", "payload", "subject")
+    __slots__ = ("_done", "answers", "headers", "lost", "many", "payload", "subject")
 
     def __init__(
         self,
@@ -78,9 +77,28 @@ class Call:
         self.payload = payload
         self.headers = headers
         self.many = many
+        self.begin()
+
+    def begin(self) -> None:
+        """Be sent, maybe again."""
         self.answers: list[Msg] = []
-        self.error: StorageError | None = None
-        self.done = anyio.Event()
+        self.lost = False
+        self._done = anyio.Event()
+
+    def answer(self, message: Msg) -> None:
+        self.answers.append(message)
+        if not self.many or status_of(message):
+            self._done.set()
+
+    def lose(self) -> None:
+        """There will be no answer."""
+        self.lost = not self._done.is_set()
+        self._done.set()
+
+    async def wait(self) -> None:
+        await self._done.wait()
+        if self.lost:
+            raise ConnectionError("the connection was lost")
 
     def decoded(self, answer: type[A]) -> A:
         """The one answer of JetStream; `RefusedError` if that is an error."""
@@ -103,11 +121,10 @@ class Connection:
         self._client: Client | None = None
         self._opening: anyio.Lock | None = None  # None means closed
         self._inbox = ""
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, tuple[Client, Call]] = {}
         self._number = 0
         self._listening: dict[str, tuple[Listener, Subscription]] = {}
-        self._trouble: Exception | None = None
-        self.on_reconnected: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = lambda: None  # it was lost, or made anew
 
     @property
     def where(self) -> str:
@@ -148,128 +165,140 @@ class Connection:
         await self.ask([call])
         return call.decoded(answer)
 
-    async def ask(self, calls: Sequence[Call]) -> None:
-        """Send calls, one after the other, and return when all of them are answered."""
+    async def ask(self, calls: Sequence[Call], *, once: bool = False) -> None:
+        """Send calls, one after the other, and return when all of them are answered.
+
+        If the connection is lost meanwhile they are sent again, unless that is to be `once`.
+        """
         client = await self._connected()
         for call in calls:
-            if len(call.payload) > client.max_payload:
-                raise StorageError(
-                    f"{len(call.payload)} bytes are more than NATS at {self.where} takes at once.\n"
-                    "  Nothing of this call was stored.\n"
-                    f"  Keep events small, or raise max_payload, which is {client.max_payload}, in "
-                    "the server's configuration."
-                )
+            self._check_size(call, client.max_payload)
+        try:
+            await self._ask(client, calls)
+        except _LostError as error:
+            if once:
+                raise self._unanswered(error.why) from error.why
+            try:
+                await self._ask(await self._connected(), calls)
+            except (_LostError, StorageError) as again:
+                raise self._unanswered(error.why) from again
+        if any(status_of(call.answers[-1]) == "503" for call in calls):
+            raise NoAnswererError
+
+    async def _ask(self, client: Client, calls: Sequence[Call]) -> None:
         tokens: list[str] = []
         try:
             with anyio.move_on_after(_ANSWER) as patience:
                 for call in calls:
+                    call.begin()
                     self._number += 1
                     tokens.append(str(self._number))
-                    self._calls[tokens[-1]] = call
+                    self._calls[tokens[-1]] = client, call
                     reply = f"{self._inbox}.{tokens[-1]}"
                     await client.publish(call.subject, call.payload, reply, call.headers)
                 for call in calls:
-                    await call.done.wait()
+                    await call.wait()
         except Exception as error:  # of nats-py, which has no connection any more
-            raise self._unanswered(f"{error}" or type(error).__name__) from error
+            raise _LostError(error) from error
         finally:
             for token in tokens:
                 del self._calls[token]
         if patience.cancelled_caught:
-            raise self._unanswered(f"there was no answer within {_ANSWER:g} s")
-        for call in calls:
-            if call.error is not None:
-                raise call.error
-            if status_of(call.answers[-1]) == "503":
-                raise NoAnswererError
+            raise self._unanswered(TimeoutError(f"nothing came within {_ANSWER:g} s"))
 
     async def _answered(self, message: Msg) -> None:
-        call = self._calls.get(message.subject.rpartition(".")[2])
-        if call is not None:
-            call.answers.append(message)
-            if not call.many or status_of(message):
-                call.done.set()
+        found = self._calls.get(message.subject.rpartition(".")[2])
+        if found is not None:
+            found[1].answer(message)
 
     # Connecting ------------------------------------------------------------------------------
 
     async def _connected(self) -> Client:
-        client = self._client
-        if (client is None or client.is_closed) and self._opening is not None:
-            async with self._opening:
-                if self._client is None or self._client.is_closed:
-                    self._client = await self._connect()
-            client = self._client
-        if client is None or not client.is_connected:
-            raise self._not_sent(self._trouble)
-        return client
+        if (client := self._client) is not None and client.is_connected:
+            return client
+        if self._opening is None:
+            raise self._not_sent(ConnectionError("it is closed here"))
+        async with self._opening:
+            if self._client is None or not self._client.is_connected:
+                self._client = await self._connect()
+            return self._client
 
     async def _connect(self) -> Client:
-        """Raises after every server was tried once."""
+        """Tries every server once."""
         from nats.aio.client import Client
 
-        client = Client()
-        attempts = len(self._servers)
+        for number, server in enumerate(self._servers, 1):
+            client = Client()
+            try:
+                await self._connect_to(client, server)
+            except BaseException as error:
+                with shielded_cleanup():
+                    await client.close()
+                if not isinstance(error, Exception):
+                    raise
+                if number == len(self._servers):
+                    raise self._not_sent(error) from error
+            else:
+                self.on_change()
+                return client
+        raise AssertionError
+
+    async def _connect_to(self, client: Client, server: str) -> None:
+        connecting = True
 
         async def failed(error: Exception) -> None:
-            nonlocal attempts
-            self._trouble = error
-            attempts -= 1
-            if attempts == 0:
-                raise _EveryServerFailedError  # or it would try for ever
+            if connecting:
+                raise error  # or nats-py would try for ever; what matters later ends calls
+
+        async def lost() -> None:
+            for whose, call in self._calls.values():
+                if whose is client:
+                    call.lose()
+            self.on_change()
 
         options: dict[str, Any] = {**_OPTIONS, **self._options}
-        try:
-            await client.connect(
-                self._servers,
-                error_cb=failed,
-                disconnected_cb=self._disconnected,
-                reconnected_cb=self._reconnected,
-                **options,
-            )
-            attempts = 0
-            self._inbox = client.new_inbox()
-            await _subscribe(client, f"{self._inbox}.*", self._answered)
-            for subject, (listener, _) in list(self._listening.items()):
-                self._listening[subject] = listener, await _subscribe(client, subject, listener)
-        except BaseException as error:
-            with shielded_cleanup():
-                await client.close()
-            if isinstance(error, Exception):
-                trouble = self._trouble if isinstance(error, _EveryServerFailedError) else error
-                raise self._not_sent(trouble) from trouble
-            raise
-        self.on_reconnected()
-        return client
-
-    async def _disconnected(self) -> None:
-        for call in self._calls.values():
-            call.error = self._unanswered("the connection was lost")
-            call.done.set()
-
-    async def _reconnected(self) -> None:
-        self.on_reconnected()
+        await client.connect(
+            server, allow_reconnect=False, error_cb=failed, closed_cb=lost, **options
+        )
+        connecting = False
+        self._inbox = client.new_inbox()
+        await _subscribe(client, f"{self._inbox}.*", self._answered)
+        for subject, (listener, _) in list(self._listening.items()):
+            self._listening[subject] = listener, await _subscribe(client, subject, listener)
 
     # Errors ----------------------------------------------------------------------------------
 
-    def _not_sent(self, error: Exception | None) -> StorageError:
-        why = f"{error}" or type(error).__name__ if error is not None else "it is not open"
+    def _check_size(self, call: Call, most: int) -> None:
+        if len(call.payload) > most:
+            raise StorageError(
+                f"{len(call.payload)} bytes are more than NATS at {self.where} takes at once.\n"
+                "  Nothing of this call was done.\n"
+                f"  Keep events small, or raise max_payload, which is {most}, in the server's "
+                "configuration."
+            )
+
+    def _not_sent(self, error: Exception) -> StorageError:
         return StorageError(
-            f"NATS at {self.where} cannot be reached: {why}.\n"
-            "  Nothing of this call was stored.\n"
-            "  Check that the server runs there and lets this user in. It is connected to again "
-            "by itself; make the call again then."
+            f"NATS at {self.where} cannot be reached: {_told(error)}.\n"
+            "  Nothing of this call was done.\n"
+            "  Check that the server runs there and lets this user in. Each call connects anew."
         )
 
-    def _unanswered(self, why: str) -> StorageError:
+    def _unanswered(self, error: Exception) -> StorageError:
         return StorageError(
-            f"NATS at {self.where} did not answer: {why}.\n"
-            "  Whether anything of this call was stored is not known.\n"
+            f"NATS at {self.where} does not answer: {_told(error)}.\n"
+            "  Whether anything of this call was done is not known.\n"
             "  Make the call again: what is sent twice is dropped by those who receive it."
         )
 
 
-class _EveryServerFailedError(Exception):
-    pass
+class _LostError(Exception):
+    def __init__(self, why: Exception) -> None:
+        self.why = why
+
+
+def _told(error: Exception) -> str:
+    return str(error).removeprefix("nats: ") or type(error).__name__
 
 
 async def _subscribe(client: Client, subject: str, listener: Listener) -> Subscription:

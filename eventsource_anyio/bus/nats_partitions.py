@@ -49,7 +49,7 @@ class Partitions:
         self._heard: defaultdict[int, Heard] = defaultdict(Heard)
         self._listening: dict[int, float] = {}  # until when at least
         self._news = anyio.Event()
-        connection.on_reconnected = self._look_again
+        connection.on_change = self._look_again
 
     def forget(self) -> None:
         """Streams may be gone."""
@@ -227,7 +227,7 @@ class Partitions:
         self._wake()
 
     def _look_again(self) -> None:
-        """Reconnected: what was said meanwhile was not heard."""
+        """What is said while there is no connection is not heard."""
         self._heard.clear()
         self._wake()
 
