@@ -39,7 +39,7 @@ _AT_ONCE = 256
 class Bucket:
     def __init__(self, connection: Connection, name: str, config: Mapping[str, object]) -> None:
         self._connection = connection
-        self._stream = f"KV_{name}"
+        self.stream = f"KV_{name}"
         self._prefix = f"$KV.{name}."
         self._config = {**config, "max_msgs_per_subject": 1}
         self._there = False
@@ -50,7 +50,7 @@ class Bucket:
 
     async def make(self) -> None:
         if not self._there:
-            await make_stream(self._connection, self._stream, f"{self._prefix}>", self._config)
+            await make_stream(self._connection, self.stream, f"{self._prefix}>", self._config)
             self._there = True
 
     async def get(self, key: str) -> Entry | None:
@@ -65,7 +65,7 @@ class Bucket:
 
     async def _get(self, request: object) -> RawMessage | None:
         try:
-            answer = await self._connection.api(f"STREAM.MSG.GET.{self._stream}", request, Found)
+            answer = await self._connection.api(f"STREAM.MSG.GET.{self.stream}", request, Found)
         except RefusedError as error:
             if error.code == NO_MESSAGE:
                 return None
@@ -78,7 +78,7 @@ class Bucket:
         subject = self._subject(f"{directory}/*")
         sequence, complete = 0, False
         while not complete:
-            call = get_from(self._stream, sequence, _AT_ONCE, subject=subject)
+            call = get_from(self.stream, sequence, _AT_ONCE, subject=subject)
             await self._connection.ask([call])
             messages, complete = answered(call)
             for message in messages:
@@ -118,7 +118,7 @@ class Bucket:
             raise EntryConflictError(key)
         request = {"seq": int(expected), "no_erase": True}
         try:
-            call = Call(f"$JS.API.STREAM.MSG.DELETE.{self._stream}", encode(request))
+            call = Call(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", encode(request))
             await self._connection.ask([call], once=True)
             call.decoded(Done)
         except RefusedError as error:

@@ -124,6 +124,7 @@ class Connection:
         self._calls: dict[str, tuple[Client, Call]] = {}
         self._number = 0
         self._listening: dict[str, tuple[Listener, Subscription]] = {}
+        self.on_late: Callable[[Msg], None] = lambda _: None  # nobody waits for it any more
         self.on_change: Callable[[], None] = lambda: None  # it was lost, or made anew
 
     @property
@@ -210,6 +211,8 @@ class Connection:
         found = self._calls.get(message.subject.rpartition(".")[2])
         if found is not None:
             found[1].answer(message)
+        else:
+            self.on_late(message)
 
     # Connecting ------------------------------------------------------------------------------
 

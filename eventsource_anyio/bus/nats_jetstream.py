@@ -34,6 +34,7 @@ class Config(Struct, frozen=True):
 
 class State(Struct, frozen=True):
     last_seq: int = 0
+    messages: int = 0
 
 
 class Stream(Answer, frozen=True, kw_only=True):
