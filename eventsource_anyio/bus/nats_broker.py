@@ -36,7 +36,7 @@ class NATSBroker(Broker):
         check_name("name", name)
         check_number("keep", keep)
         check_number("replicas", replicas)
-        self._session = Session(servers, options, guest, self._forget)
+        self._session = Session("NATSEventBus", servers, options, guest, self._forget)
         connection = self._session.connection
         config = {"storage": "file", "num_replicas": replicas}
         self._partitions = Partitions(connection, name, config, keep)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import anyio
 from msgspec import MsgspecError, Struct
@@ -124,7 +125,6 @@ class Connection:
         self._calls: dict[str, tuple[Client, Call]] = {}
         self._number = 0
         self._listening: dict[str, tuple[Listener, Subscription]] = {}
-        self.on_late: Callable[[Msg], None] = lambda _: None  # nobody waits for it any more
         self.on_change: Callable[[], None] = lambda: None  # it was lost, or made anew
 
     @property
@@ -207,12 +207,22 @@ class Connection:
         if patience.cancelled_caught:
             raise self._unanswered(TimeoutError(f"nothing came within {_ANSWER:g} s"))
 
+    async def send(self, subject: str, payload: bytes, reply: str) -> None:
+        """Send something whose answers are listened to."""
+        client = await self._connected()
+        try:
+            await client.publish(subject, payload, reply)
+        except Exception as error:
+            raise self._not_sent(error) from error
+
+    def new_inbox(self) -> str:
+        """A subject to be listened to that is nobody else's."""
+        return f"{self._options.get('inbox_prefix', '_INBOX')}.{uuid4().hex}"
+
     async def _answered(self, message: Msg) -> None:
         found = self._calls.get(message.subject.rpartition(".")[2])
         if found is not None:
             found[1].answer(message)
-        else:
-            self.on_late(message)
 
     # Connecting ------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ..cleanup import shielded_cleanup
-from ..errors import StorageError
+from ..errors import StorageError, StoreClosedError
 from .nats_connection import Connection, NoAnswererError, RefusedError
 from .nats_jetstream import NO_STREAM
 
@@ -29,6 +29,7 @@ class Session:
 
     def __init__(
         self,
+        owner: str,
         servers: str | Sequence[str],
         options: Mapping[str, object] | None,
         guest: Guest | None,
@@ -38,6 +39,7 @@ class Session:
         if not servers:
             raise ValueError("servers must be the URL of one, such as nats://localhost, or several")
         self.connection = Connection(servers, {"name": "eventsource-anyio", **(options or {})})
+        self._owner = owner
         self._given_guest = guest
         self._forget = forget
         self._opened: tuple[Guest, AsyncExitStack] | None = None
@@ -83,11 +85,7 @@ class Session:
         self, work: Callable[P, Coroutine[object, object, T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         if self._opened is None:
-            raise StorageError(
-                f"NATS at {self.connection.where} is not connected to.\n"
-                "  Nothing of this call was done.\n"
-                "  Buses and queues are open inside their `async with` blocks only."
-            )
+            raise StoreClosedError(self._owner)
         return await self._opened[0].run(self._translated(work, *args, **kwargs))
 
     async def _translated(

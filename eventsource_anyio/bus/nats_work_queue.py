@@ -5,7 +5,8 @@
   sent anew, with its id and its count in headers.
 - Acknowledging is the server's: it takes it from any worker. So who gives back a job, or buries it,
   does so only within the lease, by the clock of the worker.
-- A pull that is cancelled may be answered all the same: that job is for the next one who takes.
+- Jobs are pulled one by one, and come to one inbox. One that comes when whoever has pulled it was
+  cancelled is for the next one who takes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from base64 import urlsafe_b64encode
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -21,9 +23,11 @@ from msgspec import Struct
 from msgspec.json import encode
 from msgspec.msgpack import Decoder, Encoder
 
+from ..cleanup import shielded_cleanup
+from ..errors import StorageError, StoreClosedError
 from .broker import Entry, EntryConflictError
 from .nats_bucket import Bucket
-from .nats_connection import Answer, Call, status_of
+from .nats_connection import Answer, Call, NoAnswererError, status_of
 from .nats_jetstream import Stored, make_stream, stream_info
 from .nats_session import Session, check_name, check_number
 from .work_queue import DeadJob, Job, WorkQueue, WorkQueueStatistics
@@ -82,25 +86,35 @@ class NATSWorkQueue(WorkQueue):
         check_name("name", name)
         check_name("prefix", prefix)
         check_number("replicas", replicas)
-        self._session = Session(servers, options, guest, self._forget)
+        self._session = Session(type(self).__name__, servers, options, guest, self._forget)
         self._connection = self._session.connection
         self._config = {"storage": "file", "num_replicas": replicas}
         self._stream = f"{prefix}_jobs_{name}"
         self._subject = f"{prefix}.jobs.{name}"
         self._dead = Bucket(self._connection, f"{prefix}_dead_jobs_{name}", self._config)
         self._there = False
-        self._late: deque[tuple[Msg, float]] = deque()
+        self._inbox = self._connection.new_inbox()
+        self._came: deque[tuple[Msg, float]] = deque()
+        self._news = anyio.Event()
+        self._gone = False
+        self._connection.on_change = self._wake
         self._leases: dict[str, float] = {}  # by ticket, when each ends
 
     # Jobs ----------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        self._connection.on_late = self._arrived_late
-        await self._session.open(self._have)
+        await self._session.open(self._begin)
+
+    async def _begin(self) -> None:
+        self._news = anyio.Event()
+        await self._connection.listen(self._inbox, self._hear)
+        await self._have()
 
     async def _close(self) -> None:
+        with shielded_cleanup(), suppress(StorageError, StoreClosedError):
+            await self._session.run(self._return_all)
         await self._session.close()
-        self._late.clear()
+        self._came.clear()
         self._leases.clear()
 
     def _forget(self) -> None:
@@ -141,9 +155,21 @@ class NATSWorkQueue(WorkQueue):
 
     async def _take_one(self) -> Job | None:
         await self._have()
-        message, until = await self._next()
-        if message is None:
-            return None
+        found = self._next()
+        if found is None:
+            request = {"batch": 1, "expires": _nanoseconds(_WAIT)}
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{_WORKERS}"
+            await self._connection.send(subject, encode(request), self._inbox)
+            with anyio.move_on_after(_WAIT):
+                while found is None and not self._gone:
+                    await self._news.wait()
+                    found = self._next()
+            if self._gone:
+                self._gone = False
+                raise NoAnswererError
+            if found is None:
+                return None
+        message, until = found
         job = _job(message)
         self._leases[job.ticket] = until
         if job.attempt <= self.attempts:
@@ -151,26 +177,28 @@ class NATSWorkQueue(WorkQueue):
         await self._bury_one(job, _DIED, self.attempts)
         return None
 
-    async def _next(self) -> tuple[Msg | None, float]:
-        now = anyio.current_time()
-        while self._late:
-            message, until = self._late.popleft()
-            if until > now + self.lease / 2:
+    def _next(self) -> tuple[Msg, float] | None:
+        while self._came:
+            message, until = self._came.popleft()
+            if until > anyio.current_time() + self.lease / 2:
                 return message, until
-        request = {"batch": 1, "expires": _nanoseconds(_WAIT)}
-        call = Call(f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{_WORKERS}", encode(request))
-        try:
-            await self._connection.ask([call])
-        except BaseException:
-            for message in call.answers:
-                self._arrived_late(message)
-            raise
-        message = call.answers[0]
-        return (None if status_of(message) else message), now + self.lease
+        return None
 
-    def _arrived_late(self, message: Msg) -> None:
-        if message.reply:
-            self._late.append((message, anyio.current_time() + self.lease))
+    async def _hear(self, message: Msg) -> None:
+        status = status_of(message)
+        if not status and message.reply:
+            self._came.append((message, anyio.current_time() + self.lease))
+        elif status == "503":  # the consumer was deleted, or all of JetStream
+            self._gone = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def _return_all(self) -> None:
+        while found := self._next():
+            await self._send_anew(_job(found[0]))
 
     async def extend(self, job: Job) -> None:
         if self._holds(job):
