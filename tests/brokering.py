@@ -32,6 +32,20 @@ def redis_buses(url: str) -> MakeBus:
     return make
 
 
+def nats_buses(url: str) -> MakeBus:
+    """Likewise."""
+    name = uuid4().hex
+
+    def make(**options: object) -> BrokerEventBus:
+        given = {"subscription": "test", "retry_after": 0.01, "name": name, **options}
+        return NATSEventBus(url, **given)  # type: ignore[arg-type]
+
+    return make
+
+
+BUSES = {"nats": nats_buses, "redis": redis_buses}
+
+
 @asynccontextmanager
 async def running(*buses: BrokerEventBus) -> AsyncIterator[None]:
     """Entered and run; stopped at the end, and cancelled if the block fails."""
@@ -56,16 +70,11 @@ async def until(condition: Callable[[], object], look: Callable[[], object] = la
             await anyio.sleep(0.005)
 
 
+async def publish_in_parts(bus: BrokerEventBus, events: Sequence[StoredEvent]) -> None:
+    """So that the broker drops some of them: NATS keeps a number of messages, of many events."""
+    for start in range(0, len(events), 5):
+        await bus.publish(events[start : start + 5])
+
+
 def positions(events: Sequence[StoredEvent]) -> list[int]:
     return [one.position for one in events]
-
-
-def nats_buses(url: str) -> MakeBus:
-    """Likewise."""
-    name = uuid4().hex
-
-    def make(**options: object) -> BrokerEventBus:
-        given = {"subscription": "test", "retry_after": 0.01, "name": name, **options}
-        return NATSEventBus(url, **given)  # type: ignore[arg-type]
-
-    return make

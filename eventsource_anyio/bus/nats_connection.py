@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from nats.aio.subscription import Subscription
 
 _ANSWER = 5.0  # seconds that the server may take to answer
+_LOOK = 0.25  # seconds between looks whether a connection is closed that has not said so
 _OPTIONS: Mapping[str, Any] = {
     "ping_interval": 10,  # a silent connection is given up when the second one is not answered
     "max_outstanding_pings": 1,
@@ -96,6 +98,10 @@ class Call:
         self.lost = not self._done.is_set()
         self._done.set()
 
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
     async def wait(self) -> None:
         await self._done.wait()
         if self.lost:
@@ -140,8 +146,7 @@ class Connection:
         client, self._client, self._opening = self._client, None, None
         self._listening.clear()
         if client is not None:
-            with shielded_cleanup():
-                await client.close()
+            await _end(client)
 
     async def listen(self, subject: str, listener: Listener) -> None:
         """Have a function called with each message, from now on and over reconnections."""
@@ -198,6 +203,11 @@ class Connection:
                     reply = f"{self._inbox}.{tokens[-1]}"
                     await client.publish(call.subject, call.payload, reply, call.headers)
                 for call in calls:
+                    while not call.done:
+                        with anyio.move_on_after(_LOOK):
+                            await call.wait()
+                        if not call.done and client.is_closed:
+                            call.lose()
                     await call.wait()
         except Exception as error:  # of nats-py, which has no connection any more
             raise _LostError(error) from error
@@ -232,9 +242,16 @@ class Connection:
         if self._opening is None:
             raise self._not_sent(ConnectionError("it is closed here"))
         async with self._opening:
-            if self._client is None or not self._client.is_connected:
-                self._client = await self._connect()
-            return self._client
+            client, self._client = self._client, None
+            if client is None or not client.is_connected:
+                if client is not None:
+                    await _end(client)
+                client = await self._connect()
+            if self._opening is None:
+                await _end(client)
+                raise self._not_sent(ConnectionError("it is closed here"))
+            self._client = client
+            return client
 
     async def _connect(self) -> Client:
         """Tries every server once."""
@@ -245,8 +262,7 @@ class Connection:
             try:
                 await self._connect_to(client, server)
             except BaseException as error:
-                with shielded_cleanup():
-                    await client.close()
+                await _end(client)
                 if not isinstance(error, Exception):
                     raise
                 if number == len(self._servers):
@@ -308,6 +324,15 @@ class Connection:
 class _LostError(Exception):
     def __init__(self, why: Exception) -> None:
         self.why = why
+
+
+async def _end(client: Client) -> None:
+    with shielded_cleanup(), suppress(Exception):  # of a connection that is broken anyway
+        await client.close()
+    # When it breaks while something is to be sent, nats-py forgets to close it.
+    transport: Any = getattr(client, "_transport", None)
+    if transport is not None:
+        transport.close()
 
 
 def _told(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Work queues in Redis: jobs are neither lost nor done by two at a time."""
+"""Work queues in brokers: jobs are neither lost nor done by two at a time."""
 
 from __future__ import annotations
 
@@ -10,37 +10,45 @@ import anyio
 import pytest
 
 from eventsource_anyio import StorageError, StoreClosedError
-from eventsource_anyio.bus.redis_connection import RedisConnections
+from eventsource_anyio.bus.nats_connection import Answer
+from eventsource_anyio.bus.nats_work_queue import NATSWorkQueue
 from eventsource_anyio.bus.redis_work_queue import RedisWorkQueue
-from eventsource_anyio.bus.work_queue import WorkQueueStatistics
+from eventsource_anyio.bus.work_queue import WorkQueue, WorkQueueStatistics
 from eventsource_anyio.testing import cancel_at_every_checkpoint
-from eventsource_anyio.testing.redis import RedisDatabase, RedisServer, redis_binary
+from eventsource_anyio.testing.nats import NATSServer, nats_binary
+from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
 SECONDS = 30.0
-MakeQueue = Callable[..., RedisWorkQueue]
+MakeQueue = Callable[..., WorkQueue]
+QUEUES = {"nats": NATSWorkQueue, "redis": RedisWorkQueue}
 
 
 def queues(url: str) -> MakeQueue:
     prefix = uuid4().hex
+    kind = QUEUES[url.partition(":")[0]]
 
-    def make(**options: float) -> RedisWorkQueue:
+    def make(**options: float) -> WorkQueue:
         given: dict[str, float] = {"retry_after": 0.0, **options}
-        return RedisWorkQueue(url, "jobs", prefix=prefix, **given)  # type: ignore[arg-type]
+        return kind(url, "jobs", prefix=prefix, **given)  # type: ignore[arg-type]
 
     return make
 
 
-@pytest.fixture
-def make_queue(redis_server: RedisDatabase) -> MakeQueue:
-    return queues(redis_server.url)
+@pytest.fixture(params=sorted(QUEUES))
+def make_queue(request: pytest.FixtureRequest) -> MakeQueue:
+    return queues(request.getfixturevalue(f"{request.param}_url"))
 
 
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("no redis-server on PATH, to be killed")
-    with RedisServer(binary, durable=True) as server:
+@pytest.fixture(params=sorted(QUEUES))
+def own_server(request: pytest.FixtureRequest) -> Iterator[NATSServer | RedisServer]:
+    server: NATSServer | RedisServer
+    if request.param == "nats" and (binary := nats_binary()):
+        server = NATSServer(binary, durable=True)
+    elif request.param == "redis" and (binary := redis_binary()):
+        server = RedisServer(binary, durable=True)
+    else:
+        pytest.skip(f"no {request.param}-server, to be killed")
+    with server:
         yield server
 
 
@@ -48,7 +56,7 @@ async def test_each_job_is_done_by_one_worker(make_queue):
     done: list[bytes] = []
     async with make_queue() as queue, make_queue() as another:
 
-        async def work(queue: RedisWorkQueue) -> None:
+        async def work(queue: WorkQueue) -> None:
             while len(done) < 100:
                 with anyio.move_on_after(SECONDS if len(done) < 90 else 0.2):
                     async with queue.receive() as job:
@@ -74,7 +82,7 @@ async def test_jobs_wait_for_workers_and_are_counted(make_queue):
         assert await queue.statistics() == WorkQueueStatistics(2, 0, 0)
         with pytest.raises(TypeError, match="bytes"):
             await queue.add("text")
-    with pytest.raises(StoreClosedError, match="RedisWorkQueue is not open"):
+    with pytest.raises(StoreClosedError, match="WorkQueue is not open"):
         await queue.add(b"4")
 
 
@@ -248,9 +256,7 @@ async def test_a_server_that_fails_is_waited_for(own_server):
         assert payloads == [b"1", b"3"]
 
 
-async def test_the_group_may_be_gone(make_queue, redis_url):
-    connections = RedisConnections(redis_url)
-    connections.open()
+async def test_the_queue_may_be_gone(make_queue):
     async with make_queue() as queue, anyio.create_task_group() as tasks:
         received = []
 
@@ -259,14 +265,18 @@ async def test_the_group_may_be_gone(make_queue, redis_url):
                 received.append(job.payload)
 
         tasks.start_soon(work)
-        await anyio.sleep(0.1)  # so that it waits
-        await connections.call(("DEL", queue._jobs))
+        await anyio.wait_all_tasks_blocked()
+        if isinstance(queue, RedisWorkQueue):
+            await queue._connections.call(("DEL", queue._jobs))
+        else:
+            delete = f"STREAM.DELETE.{queue._stream}"
+            await queue._session.run(queue._connection.api, delete, {}, Answer)
         await queue.add(b"job")
-    await connections.close()
     assert received == [b"job"]
 
 
 @pytest.mark.parametrize("option", ["lease", "attempts", "retry_after"])
 def test_wrong_options_are_refused(option):
-    with pytest.raises(ValueError, match=option):
-        queues("redis://localhost")(**{option: -1})
+    for url in ("nats://localhost", "redis://localhost"):
+        with pytest.raises(ValueError, match=option):
+            queues(url)(**{option: -1})

@@ -1,4 +1,4 @@
-"""The bus over Redis Streams: the contract of every bus, and what a broker's adds to it."""
+"""The buses over brokers: the contract of every bus, and what a broker's adds to it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from eventsource_anyio import events as registry
 from eventsource_anyio.bus.broker import Message
 from eventsource_anyio.bus.encoding import encode, open_payload
 from eventsource_anyio.bus.letters import DeadLetters
+from eventsource_anyio.bus.nats import NATSEventBus
 from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.bus.redis import RedisEventBus
 from eventsource_anyio.bus.redis_broker import RedisBroker
@@ -38,10 +39,9 @@ from eventsource_anyio.errors import FellBehindError
 from eventsource_anyio.relay import EventRelay
 from eventsource_anyio.testing import EventBusContract, cancel_at_every_checkpoint
 from eventsource_anyio.testing.buses import Seen, by_stream, receive, stored
-from eventsource_anyio.testing.redis import RedisDatabase
 from eventsource_anyio.testing.samples import Happened
 
-from .brokering import SECONDS, MakeBus, positions, redis_buses, running, until
+from .brokering import BUSES, SECONDS, MakeBus, positions, publish_in_parts, running, until
 
 
 class TestRedisEventBus(EventBusContract):
@@ -52,9 +52,17 @@ class TestRedisEventBus(EventBusContract):
         )
 
 
-@pytest.fixture
-def make_bus(redis_server: RedisDatabase) -> MakeBus:
-    return redis_buses(redis_server.url)
+class TestNATSEventBus(EventBusContract):
+    @pytest.fixture
+    def bus(self, nats_url: str) -> NATSEventBus:
+        return NATSEventBus(
+            nats_url, name=uuid4().hex, subscription="test", retry_after=0.01, keep=2000
+        )
+
+
+@pytest.fixture(params=sorted(BUSES))
+def make_bus(request: pytest.FixtureRequest) -> MakeBus:
+    return BUSES[request.param](request.getfixturevalue(f"{request.param}_url"))
 
 
 # -- subscriptions ----------------------------------------------------------------------------
@@ -209,11 +217,11 @@ async def test_what_was_handled_is_saved_before_more_is_read(make_bus, event_sto
     assert by_stream(later.events) == {"Thing-a": [4]}
 
 
-async def test_handlers_need_a_name(redis_url):
-    bus = RedisEventBus(redis_url)
+async def test_handlers_need_a_name(make_bus):
+    bus = make_bus(subscription=None)
     with pytest.raises(ValueError, match="subscription='invoicing'"):
         bus.register(Seen())
-    with pytest.raises(StoreClosedError, match="RedisEventBus is not open"):
+    with pytest.raises(StoreClosedError, match="EventBus is not open"):
         await bus.publish([])
     with pytest.raises(StoreClosedError):
         await bus.run()
@@ -239,6 +247,8 @@ async def test_all_use_the_same_partitions(make_bus):
 def test_wrong_options_are_refused(option, value):
     with pytest.raises(ValueError, match=option):
         RedisEventBus("redis://localhost", **{option: value})
+    with pytest.raises(ValueError, match=option):
+        NATSEventBus("nats://localhost", **{option: value})
 
 
 # -- what is sent -----------------------------------------------------------------------------
@@ -343,11 +353,12 @@ async def test_with_a_store_a_stream_may_begin_before_the_broker(make_bus, event
             assert positions(await receive(stream, 7)) == list(range(5, 12))
 
 
+@pytest.mark.parametrize("make_bus", ["redis"], indirect=True)  # NATS has it heard already
 async def test_who_fell_behind_is_told_and_goes_on(make_bus, event_store):
     async with make_bus(keep=100, partitions=1) as bus, bus.subscribe() as stream:
         await bus.publish(await stored(event_store, 10))
         assert len(await receive(stream, 10)) == 10
-        await bus.publish(await stored(event_store, 1000))
+        await publish_in_parts(bus, await stored(event_store, 1000))
         with pytest.raises(FellBehindError) as caught:
             await receive(stream, 1)
         assert caught.value.after == 10
@@ -363,7 +374,7 @@ async def test_a_filter_does_not_hide_that_it_fell_behind(make_bus, event_store)
         async with running(bus):
             await publisher.publish(await stored(event_store, 10))
             await seen.wait_for(10)
-        await publisher.publish(await stored(event_store, 1000))
+        await publish_in_parts(publisher, await stored(event_store, 1000))
         bus = make_bus(keep=100, partitions=1, catch_up=event_store)
         bus.register(seen, Happened)
         async with running(bus):
@@ -386,7 +397,7 @@ async def test_a_subscription_that_fell_behind_says_so(make_bus, event_store, ca
                     await seen.wait(lambda: bool(seen.events) and seen.events[-1].version == 1010)
                     assert bus.statistics().missed == 1
             if count == 10:
-                await publisher.publish(await stored(event_store, 1000))
+                await publish_in_parts(publisher, await stored(event_store, 1000))
     assert "has missed events between the positions 11 and" in caplog.text
     assert 110 <= len(seen.events) < 1010
 
@@ -664,7 +675,7 @@ async def test_running_may_be_cancelled_anywhere(make_bus, event_store):
 # -- refilling --------------------------------------------------------------------------------
 
 
-async def test_a_store_fills_a_bus(make_bus, redis_url):
+async def test_a_store_fills_a_bus(make_bus):
     seen = Seen()
     async with InMemoryEventStore() as store:
         for number in range(25):

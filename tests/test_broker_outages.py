@@ -1,4 +1,4 @@
-"""The bus over Redis where the server fails: killed, restarted, emptied, refusing."""
+"""Buses over brokers where the server fails: killed, restarted, emptied, refusing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 from uuid import uuid4
 
 import anyio
@@ -20,28 +21,38 @@ from eventsource_anyio.bus.redis import RedisEventBus
 from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.buses import Seen, by_stream, receive, stored
+from eventsource_anyio.testing.nats import NATSServer, nats_binary
 from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
-from .brokering import SECONDS, MakeBus, redis_buses, running
+from .brokering import BUSES, SECONDS, MakeBus, running
 
 STREAMS = 12
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    binary = redis_binary()
+SERVERS: dict[str, tuple[Path | None, Any]] = {
+    "nats": (nats_binary(), NATSServer),
+    "redis": (redis_binary(), RedisServer),
+}
+
+
+@pytest.fixture(params=sorted(SERVERS))
+def server(request: pytest.FixtureRequest) -> Iterator[NATSServer | RedisServer]:
+    binary, kind = SERVERS[request.param]
     if binary is None:
-        reason = "no redis-server on PATH, to be killed"
+        reason = f"no {request.param}-server, to be killed"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with RedisServer(binary, durable=True) as server:
+    with kind(binary, durable=True) as server:
         yield server
 
 
+only_redis = pytest.mark.parametrize("server", ["redis"], indirect=True)
+
+
 @pytest.fixture
-def make_bus(server: RedisServer) -> MakeBus:
-    return redis_buses(server.url)
+def make_bus(server: NATSServer | RedisServer) -> MakeBus:
+    return BUSES[server.url.partition(":")[0]](server.url)
 
 
 async def test_a_server_that_is_killed_under_load_costs_no_event_and_no_order(
@@ -160,6 +171,7 @@ async def test_a_server_that_came_back_empty_is_filled_from_the_store(
         assert await receive(stream, 1) == list(last)
 
 
+@only_redis
 async def test_a_log_that_was_lost_alone_is_read_from_its_new_beginning(
     server, make_bus, event_store
 ):
@@ -219,6 +231,7 @@ async def test_calls_may_be_cancelled_anywhere_and_leave_the_bus_usable(make_bus
 # -- connecting -------------------------------------------------------------------------------
 
 
+@only_redis
 async def test_a_password_and_a_database(server, event_store):
     connections = RedisConnections(server.url)
     connections.open()
