@@ -2,7 +2,7 @@
 
 A `text` block directly after a Python block is what was printed since the one before it. A Python
 block after `<!-- not run -->` is only compiled. A page that names `DATABASE_URL` gets an empty
-PostgreSQL database under that name, and one that names `REDIS_URL` an empty Redis server.
+PostgreSQL database under that name, and one that names `REDIS_URL` or `NATS_URL` an empty server.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
+from eventsource_anyio.testing.nats import NATSServer, nats_binary
 from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,15 @@ def empty_redis_url(request):
         yield request.getfixturevalue("redis_url")  # which says why there is none
 
 
+@pytest.fixture
+def empty_nats_url(request):
+    if binary := nats_binary():
+        with NATSServer(binary) as server:
+            yield server.url
+    else:
+        yield request.getfixturevalue("nats_url")  # which says why there is none
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs_and_prints_what_it_says(page, backend, tmp_path, request):
@@ -92,6 +102,8 @@ def test_page_runs_and_prints_what_it_says(page, backend, tmp_path, request):
         environment["DATABASE_URL"] = request.getfixturevalue("postgresql_dsn")
     if any("REDIS_URL" in block.source for block in run):
         environment["REDIS_URL"] = request.getfixturevalue("empty_redis_url")
+    if any("NATS_URL" in block.source for block in run):
+        environment["NATS_URL"] = request.getfixturevalue("empty_nats_url")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, backend, page],
         input=json.dumps([(block.line, block.source) for block in run]),

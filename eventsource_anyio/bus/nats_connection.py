@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 from uuid import uuid4
 
 import anyio
@@ -285,7 +286,7 @@ class Connection:
                     call.lose()
             self.on_change()
 
-        options: dict[str, Any] = {**_OPTIONS, **self._options}
+        options: dict[str, Any] = {**_OPTIONS, **_account(server), **self._options}
         await client.connect(
             server, allow_reconnect=False, error_cb=failed, closed_cb=lost, **options
         )
@@ -324,6 +325,19 @@ class Connection:
 class _LostError(Exception):
     def __init__(self, why: Exception) -> None:
         self.why = why
+
+
+def _account(server: str) -> Mapping[str, str]:
+    """What a URL says of the user, which nats-py would take with its %-escapes."""
+    account, at, _ = server.partition("://")[2].rpartition("@")
+    user, colon, password = account.partition(":")
+    if not at:
+        return {}
+    return (
+        {"user": unquote(user), "password": unquote(password)}
+        if colon
+        else {"token": unquote(user)}
+    )
 
 
 async def _end(client: Client) -> None:
