@@ -1,8 +1,8 @@
-"""Another process of a subscription: the tests of `test_redis_processes.py` start it.
+"""Another process of a subscription: the tests of `test_broker_processes.py` start it.
 
-    python bus_worker.py URL PREFIX BACKEND ITS_OPTIONS_AS_JSON PARTITIONS LEASE PAUSE
+    python bus_worker.py URL NAME BACKEND ITS_OPTIONS_AS_JSON PARTITIONS LEASE PAUSE RECORD
 
-It handles events by telling a list in Redis of them, after a pause.
+It handles events by telling a file of them, after a pause.
 """
 
 from __future__ import annotations
@@ -15,23 +15,32 @@ from functools import partial
 import anyio
 
 from eventsource_anyio import StoredEvent
+from eventsource_anyio.bus.nats import NATSEventBus
+from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.bus.redis import RedisEventBus
-from eventsource_anyio.bus.redis_connection import RedisConnections
 from eventsource_anyio.testing.samples import Happened
 
 
-async def work(url: str, prefix: str, partitions: int, lease: float, pause: float) -> None:
-    record = RedisConnections(url)
-    record.open()
+def bus_of(url: str, name: str, partitions: int, lease: float = 5.0) -> BrokerEventBus:
+    if url.startswith("nats:"):
+        return NATSEventBus(
+            url, name=name, subscription="workers", partitions=partitions, lease=lease
+        )
+    return RedisEventBus(
+        url, prefix=name, subscription="workers", partitions=partitions, lease=lease
+    )
+
+
+async def work(
+    url: str, name: str, partitions: int, lease: float, pause: float, record: str
+) -> None:
+    told = os.open(record, os.O_WRONLY | os.O_APPEND)
 
     async def handle(event: StoredEvent) -> None:
         await anyio.sleep(pause)
-        line = f"{os.getpid()} {event.stream_id} {event.version}"
-        await record.call(("RPUSH", f"{prefix}:handled", line))
+        os.write(told, f"{os.getpid()} {event.stream_id} {event.version}\n".encode())
 
-    bus = RedisEventBus(
-        url, prefix=prefix, subscription="workers", partitions=partitions, lease=lease
-    )
+    bus = bus_of(url, name, partitions, lease)
     bus.register(handle, Happened)
     async with bus, anyio.create_task_group() as tasks:
         await tasks.start(bus.run)
@@ -39,9 +48,9 @@ async def work(url: str, prefix: str, partitions: int, lease: float, pause: floa
 
 
 if __name__ == "__main__":
-    url, prefix, backend, options, partitions, lease, pause = sys.argv[1:]
+    url, name, backend, options, partitions, lease, pause, record = sys.argv[1:]
     anyio.run(
-        partial(work, url, prefix, int(partitions), float(lease), float(pause)),
+        partial(work, url, name, int(partitions), float(lease), float(pause), record),
         backend=backend,
         backend_options=json.loads(options),
     )

@@ -1,4 +1,4 @@
-"""Several processes share a subscription over Redis; real ones, killed and paused."""
+"""Several processes share a subscription over a broker; real ones, killed and paused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import anyio
@@ -18,9 +18,10 @@ import pytest
 from anyio.abc import Process
 
 from eventsource_anyio import StoredEvent
-from eventsource_anyio.bus.redis import RedisEventBus
-from eventsource_anyio.bus.redis_connection import RedisConnections
+from eventsource_anyio.bus.partitioned import BrokerEventBus
 from eventsource_anyio.testing.buses import stored
+
+from .bus_worker import bus_of
 
 if sys.platform == "win32":
     pytest.skip("needs signals", allow_module_level=True)
@@ -33,19 +34,22 @@ LEASE = 0.6
 class Subscription:
     """The processes of one subscription, and what they say that they have handled."""
 
-    def __init__(self, url: str, partitions: int, backend: tuple[str, dict[str, Any]]) -> None:
-        self.url, self.prefix, self.partitions = url, uuid4().hex, partitions
+    def __init__(
+        self, url: str, partitions: int, backend: tuple[str, dict[str, Any]], record: Path
+    ) -> None:
+        self.url, self.name, self.partitions = url, uuid4().hex, partitions
         self._backend = backend
-        self.connections = RedisConnections(url)
+        self._record = record / self.name
+        self._record.touch()
 
-    def bus(self) -> RedisEventBus:
-        return RedisEventBus(self.url, prefix=self.prefix, partitions=self.partitions)
+    def bus(self) -> BrokerEventBus:
+        return bus_of(self.url, self.name, self.partitions)
 
     @asynccontextmanager
     async def worker(self, pause: float = 0.0) -> AsyncIterator[Process]:
         backend, options = self._backend
-        command = [sys.executable, str(SCRIPT), self.url, self.prefix, backend, json.dumps(options)]
-        command += map(str, (self.partitions, LEASE, pause))
+        command = [sys.executable, str(SCRIPT), self.url, self.name, backend, json.dumps(options)]
+        command += [*map(str, (self.partitions, LEASE, pause)), str(self._record)]
         async with await anyio.open_process(command, stderr=None) as process:
             try:
                 assert process.stdout is not None
@@ -58,8 +62,7 @@ class Subscription:
 
     async def handled(self) -> list[tuple[int, str, int]]:
         """By which process, of which stream, which version; in order."""
-        (reply,) = await self.connections.call(("LRANGE", f"{self.prefix}:handled", 0, -1))
-        lines = [line.decode().split() for line in cast("list[bytes]", reply)]
+        lines = [line.split() for line in self._record.read_text().splitlines()]
         return [(int(process), stream, int(version)) for process, stream, version in lines]
 
     async def until(self, enough: Callable[[list[tuple[int, str, int]]], object]) -> None:
@@ -68,22 +71,12 @@ class Subscription:
                 await anyio.sleep(0.02)
 
 
-Subscribe = Callable[[int], Awaitable[Subscription]]
-
-
-@pytest.fixture
-async def subscribe(
-    redis_url: str, anyio_backend: tuple[str, dict[str, Any]]
-) -> AsyncIterator[Callable[[int], Subscription]]:
-    async with AsyncExitStack() as stack:
-
-        def subscribe(partitions: int) -> Subscription:
-            subscription = Subscription(redis_url, partitions, anyio_backend)
-            subscription.connections.open()
-            stack.push_async_callback(subscription.connections.close)
-            return subscription
-
-        yield subscribe
+@pytest.fixture(params=["nats", "redis"])
+def subscribe(
+    request: pytest.FixtureRequest, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path
+) -> Callable[[int], Subscription]:
+    url = request.getfixturevalue(f"{request.param}_url")
+    return lambda partitions: Subscription(url, partitions, anyio_backend, tmp_path)
 
 
 def first_times(handled: list[tuple[int, str, int]]) -> dict[str, list[int]]:
