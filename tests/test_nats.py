@@ -15,6 +15,7 @@ from eventsource_anyio.bus.broker import EntryConflictError, Message
 from eventsource_anyio.bus.nats import NATSEventBus
 from eventsource_anyio.bus.nats_broker import NATSBroker
 from eventsource_anyio.bus.nats_connection import Answer, Call
+from eventsource_anyio.bus.nats_packs import Heard, Pack, Place, packed, unpacked
 from eventsource_anyio.bus.nats_work_queue import NATSWorkQueue
 from eventsource_anyio.guest import Guest
 from eventsource_anyio.testing import nats as nats_testing
@@ -195,6 +196,90 @@ async def test_a_stream_that_is_deleted_is_made_again(broker):
         assert set(reading.lost) == {0}
     finally:
         await broker.close()
+
+
+async def test_a_stream_that_went_back_is_read_from_its_beginning(broker):
+    """As one that was restored from a backup: its sequences are those of before."""
+    await broker.open()
+    try:
+        await broker.send([Message(0, "1", b"1")])
+        offset = (await broker.read({0: ""}, 10, 0)).messages[0].offset
+        name = broker._partitions._stream(0)
+        api = broker._session.connection.api
+        await broker._session.run(api, f"STREAM.DELETE.{name}", {}, Answer)
+        backup = {"name": name, "subjects": [broker._partitions._subject(0)], "allow_direct": True}
+        await broker._session.run(api, f"STREAM.CREATE.{name}", backup, Answer)
+        other = NATSBroker(broker._session.connection.where, name=broker._partitions._name)
+        await other.open()
+        try:
+            assert not (await other.read({0: offset}, 10, 0.05)).messages
+            await other.send([Message(0, "2", b"2")])
+            for _ in range(2):
+                reading = await other.read({0: offset}, 10, 1)
+                assert [one.message_id for one in reading.messages] == ["2"]
+                assert set(reading.lost) == {0}
+        finally:
+            await other.close()
+    finally:
+        await broker.close()
+
+
+async def test_what_was_not_heard_is_asked_for(broker):
+    await broker.open()
+    try:
+        await broker.send([Message(0, "1", b"1")])
+        offset = (await broker.read({0: ""}, 10, 0)).messages[0].offset
+        subject = broker._partitions._stored(0)
+        await broker._session.run(broker._session.connection.stop_listening, subject)
+        await broker.send([Message(0, "2", b"2")])
+        assert not (await broker.read({0: offset}, 10, 0.05)).messages
+        reading = await broker.read({0: offset}, 10, 0)
+        assert [one.message_id for one in reading.messages] == ["2"]
+    finally:
+        await broker.close()
+
+
+def pack(sequence: int, count: int = 1, size: int = 1) -> Pack:
+    (payload,) = packed([Message(0, str(n), bytes(size)) for n in range(count)])
+    return unpacked(0, sequence, payload)
+
+
+def test_what_was_heard_has_no_gaps():
+    heard = Heard()
+    assert not heard.covers(Place(5))
+    heard.add(pack(5, 3))
+    heard.add(pack(6))
+    heard.add(pack(6))
+    assert [heard.covers(Place(at)) for at in (4, 5, 6, 7, 8)] == [False, True, True, True, False]
+    assert len(heard.after(Place(5), 10)) == 4
+    assert len(heard.after(Place(5, 2), 10)) == 2
+    assert len(heard.after(Place(5), 1)) == 3
+    assert heard.after(Place(7), 10) == []
+    assert not heard.covers(Place(7, 1))
+    heard.add(pack(9))  # 7 and 8 were not heard
+    assert [heard.covers(Place(at)) for at in (6, 7, 8, 9, 10)] == [False] * 3 + [True] * 2
+    heard.nothing_from(9)
+    assert len(heard.after(Place(9), 10)) == 1
+    heard.nothing_from(20)
+    assert [heard.covers(Place(at)) for at in (10, 20)] == [False, True]
+    heard.forget()
+    assert not heard.covers(Place(20))
+
+
+def test_what_was_heard_is_bounded():
+    heard = Heard()
+    for sequence in range(1, 11):
+        heard.add(pack(sequence, size=300_000))
+    assert [heard.covers(Place(at)) for at in (7, 8, 9, 11)] == [False, True, True, True]
+    assert [one.offset for one in heard.after(Place(8), 10)] == ["8", "9", "10"]
+
+
+def test_packs_are_bounded():
+    small = list(packed([Message(0, str(n), b"x") for n in range(250)]))
+    assert [len(unpacked(0, 1, one).messages) for one in small] == [100, 100, 50]
+    large = list(packed([Message(0, str(n), bytes(200_000)) for n in range(3)]))
+    assert [len(unpacked(0, 1, one).messages) for one in large] == [1, 1, 1]
+    assert list(packed([])) == []
 
 
 async def test_a_stream_of_somebody_else(broker, nats_url):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 from uuid import uuid4
 
 import anyio
@@ -20,7 +20,7 @@ from eventsource_anyio.testing.redis import RedisServer, redis_binary
 
 SECONDS = 30.0
 MakeQueue = Callable[..., WorkQueue]
-QUEUES = {"nats": NATSWorkQueue, "redis": RedisWorkQueue}
+QUEUES: dict[str, Any] = {"nats": NATSWorkQueue, "redis": RedisWorkQueue}
 
 
 def queues(url: str) -> MakeQueue:
@@ -29,7 +29,8 @@ def queues(url: str) -> MakeQueue:
 
     def make(**options: float) -> WorkQueue:
         given: dict[str, float] = {"retry_after": 0.0, **options}
-        return kind(url, "jobs", prefix=prefix, **given)  # type: ignore[arg-type]
+        queue: WorkQueue = kind(url, "jobs", prefix=prefix, **given)
+        return queue
 
     return make
 

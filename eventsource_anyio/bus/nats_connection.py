@@ -127,7 +127,8 @@ class Connection:
         self._servers = list(servers)
         self._options = options
         self._client: Client | None = None
-        self._opening: anyio.Lock | None = None  # None means closed
+        self._opening = anyio.Lock()
+        self._closed = True
         self._inbox = ""
         self._calls: dict[str, tuple[Client, Call]] = {}
         self._number = 0
@@ -140,11 +141,12 @@ class Connection:
         return ", ".join(server.rpartition("@")[2] for server in self._servers)
 
     async def open(self) -> None:
-        self._opening = anyio.Lock()
+        self._opening = anyio.Lock()  # of asyncio
+        self._closed = False
         await self._connected()
 
     async def close(self) -> None:
-        client, self._client, self._opening = self._client, None, None
+        client, self._client, self._closed = self._client, None, True
         self._listening.clear()
         if client is not None:
             await _end(client)
@@ -240,7 +242,7 @@ class Connection:
     async def _connected(self) -> Client:
         if (client := self._client) is not None and client.is_connected:
             return client
-        if self._opening is None:
+        if self._closed:
             raise self._not_sent(ConnectionError("it is closed here"))
         async with self._opening:
             client, self._client = self._client, None
@@ -248,7 +250,7 @@ class Connection:
                 if client is not None:
                     await _end(client)
                 client = await self._connect()
-            if self._opening is None:
+            if self._closed:
                 await _end(client)
                 raise self._not_sent(ConnectionError("it is closed here"))
             self._client = client

@@ -62,7 +62,7 @@ class Partitions:
     async def _have(self, partitions: Iterable[int]) -> None:
         for partition in partitions:
             if partition not in self._begins:
-                subject = f"{self._name}.events.{partition}"
+                subject = self._subject(partition)
                 republish = {"src": subject, "dest": self._stored(partition)}
                 config = {**self._config, "republish": republish}
                 made = await make_stream(self._connection, self._stream(partition), subject, config)
@@ -70,6 +70,9 @@ class Partitions:
 
     def _stream(self, partition: int) -> str:
         return f"{self._name}_events_{partition}"
+
+    def _subject(self, partition: int) -> str:
+        return f"{self._name}.events.{partition}"
 
     # Sending -------------------------------------------------------------------------------------
 
@@ -79,7 +82,7 @@ class Partitions:
             partitions[message.partition].append(message)
         await self._have(partitions)
         calls_of_each = [
-            [Call(f"{self._name}.events.{partition}", pack) for pack in packed(its_messages)]
+            [Call(self._subject(partition), pack) for pack in packed(its_messages)]
             for partition, its_messages in partitions.items()
         ]
         for together in zip_longest(*calls_of_each):
@@ -149,7 +152,7 @@ class Partitions:
             if complete:
                 heard.nothing_from(packs[-1].sequence + 1 if packs else place.sequence)
         if gone_back:
-            lost |= gone_back.keys()
+            lost.update(gone_back)
             found += await self._ask_for(gone_back, limit, lost)
         return found
 
