@@ -239,6 +239,28 @@ async def test_what_was_not_heard_is_asked_for(broker):
         await broker.close()
 
 
+async def test_a_reader_that_lost_its_connection_asks_again_at_once(broker):
+    await broker.open()
+    try:
+        await broker.send([Message(0, "1", b"1")])
+        offset = (await broker.read({0: ""}, 10, 0)).messages[0].offset
+        connection, found = broker._session.connection, []
+
+        async def read() -> None:
+            found.extend((await broker.read({0: offset}, 10, 60)).messages)
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await anyio.wait_all_tasks_blocked()
+                await broker._session.run(connection.stop_listening, broker._partitions._stored(0))
+                await broker.send([Message(0, "2", b"2")])  # it does not hear of it
+                await broker._session.run(connection._client.close)
+        assert [one.message_id for one in found] == ["2"]
+    finally:
+        await broker.close()
+
+
 def pack(sequence: int, count: int = 1, size: int = 1) -> Pack:
     (payload,) = packed([Message(0, str(n), bytes(size)) for n in range(count)])
     return unpacked(0, sequence, payload)

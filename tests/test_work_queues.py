@@ -174,6 +174,7 @@ async def test_a_job_that_goes_on_keeps_its_lease(make_queue):
                     async with other.receive():
                         raise AssertionError("it was taken from who extends it")
                 await queue.extend(job)
+                assert (await queue.statistics()).active == 1
         assert await queue.statistics() == WorkQueueStatistics(0, 0, 0)
 
 
@@ -272,7 +273,7 @@ async def test_the_queue_may_be_gone(make_queue):
         if isinstance(queue, RedisWorkQueue):
             await queue._connections.call(("DEL", queue._jobs))
         else:
-            delete = f"STREAM.DELETE.{queue._stream}"
+            delete = f"CONSUMER.DELETE.{queue._stream}.workers"
             await queue._session.run(queue._connection.api, delete, {}, Answer)
         await queue.add(b"job")
     assert received == [b"job"]
