@@ -10,7 +10,8 @@ import pytest
 from eventsource_anyio.bus.nats_broker import NATSBroker
 from eventsource_anyio.bus.redis_broker import RedisBroker
 from eventsource_anyio.bus.redis_connection import RedisConnections
-from eventsource_anyio.testing.brokers import BrokerContract, BrokerFailureContract
+from eventsource_anyio.testing.broker_failures import BrokerFailureContract
+from eventsource_anyio.testing.brokers import BrokerContract
 from eventsource_anyio.testing.nats import NATSServer, nats_binary
 from eventsource_anyio.testing.redis import RedisServer, redis_binary
 

@@ -12,7 +12,14 @@ pytest.register_assert_rewrite(
     *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "documents", "transacting")),
     *(
         f"eventsource_anyio.testing.{name}"
-        for name in ("document_transacting", "sql_transacting", "cancelling", "buses", "brokers")
+        for name in (
+            "document_transacting",
+            "sql_transacting",
+            "cancelling",
+            "buses",
+            "brokers",
+            "broker_failures",
+        )
     ),
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import anyio
 import pytest
@@ -13,17 +12,8 @@ from ..bus.broker import Broker, Entry, EntryConflictError, Message, ReceivedMes
 from ..errors import StorageError
 from .cancelling import cancel_at_every_checkpoint
 
-_SECONDS = 30.0  # after which what does not come will not come
+SECONDS = 30.0  # after which what does not come will not come
 _SHORT = 0.05  # to wait for what is not to come
-
-
-class Server(Protocol):
-    """A server that can be made to fail."""
-
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
-    def kill(self) -> None: ...
-    def lose_everything(self) -> None: ...
 
 
 def messages(*numbers: int, partition: int = 0) -> list[Message]:
@@ -46,7 +36,7 @@ class Reader:
         self._limit = limit
         self._changed = anyio.Event()
 
-    async def read(self, wait: float = _SECONDS) -> int:
+    async def read(self, wait: float = SECONDS) -> int:
         reading = await self._broker.read(self.offsets, self._limit, wait)
         for one in reading.messages:
             self.offsets[one.partition] = one.offset
@@ -67,7 +57,7 @@ class Reader:
             await self._changed.wait()
 
     async def follow(self, until: Callable[[], bool]) -> None:
-        with anyio.fail_after(_SECONDS):
+        with anyio.fail_after(SECONDS):
             while not until():
                 try:
                     await self.read(0.5)
@@ -75,15 +65,8 @@ class Reader:
                     await anyio.sleep(0.01)
 
 
-async def insist(broker: Broker, to_send: Sequence[Message]) -> None:
-    """Send, and again until it is done."""
-    while True:
-        try:
-            await broker.send(to_send)
-        except StorageError:
-            await anyio.sleep(0.01)
-        else:
-            break
+def one_of(number: int, partition: int) -> list[Message]:
+    return messages(number, partition=partition)
 
 
 class BrokerContract:
@@ -99,7 +82,7 @@ class BrokerContract:
         await broker.open()
         try:
             await broker.send(
-                [one for number in range(250) for p in range(3) for one in _one(number, p)]
+                [one for number in range(250) for p in range(3) for one in one_of(number, p)]
             )
             await broker.send(messages(250, 251, partition=1))
             reader = Reader(broker, 0, 1, 2, 3, limit=10)
@@ -166,7 +149,12 @@ class BrokerContract:
                     tasks.start_soon(one.follow, lambda one=one: len(one.seen[0]) >= 100)
                 for number in range(0, 100, 2):
                     await broker.send(
-                        [*_one(number, 0), *_one(number, 1), *_one(number + 1, 0), *_one(number, 2)]
+                        [
+                            *one_of(number, 0),
+                            *one_of(number, 1),
+                            *one_of(number + 1, 0),
+                            *one_of(number, 2),
+                        ]
                     )
             for one in readers:
                 assert one.seen[0] == list(range(100))
@@ -244,7 +232,7 @@ class BrokerContract:
             received: list[ReceivedMessage] = []
             while len(received) < 6:
                 offset = received[-1].offset if received else ""
-                received += (await broker.read({0: offset}, 100, _SECONDS)).messages
+                received += (await broker.read({0: offset}, 100, SECONDS)).messages
             assert [one.payload for one in received] == [one.payload for one in large]
         finally:
             await broker.close()
@@ -378,7 +366,7 @@ class BrokerContract:
             sent += 1
 
         try:
-            with anyio.fail_after(_SECONDS):
+            with anyio.fail_after(SECONDS):
                 assert await cancel_at_every_checkpoint(send, check_sent) >= 1
                 assert await cancel_at_every_checkpoint(read, check_read) >= 1
                 assert await cancel_at_every_checkpoint(put, check_put) >= 1
@@ -402,7 +390,7 @@ class BrokerContract:
                 done.append(number)
 
         try:
-            with anyio.fail_after(_SECONDS):
+            with anyio.fail_after(SECONDS):
                 async with anyio.create_task_group() as tasks:
                     for number in range(240):
                         tasks.start_soon(call, number)
@@ -443,141 +431,5 @@ class BrokerContract:
             await broker.send(messages(1))
             await broker.close()
 
-        with anyio.fail_after(_SECONDS):
+        with anyio.fail_after(SECONDS):
             assert await cancel_at_every_checkpoint(open_it, check) >= 1
-
-
-class BrokerFailureContract:
-    """What a `Broker` does when its server fails: `new_broker` as in `BrokerContract`, of the
-    server that the fixture `server` is, which is running."""
-
-    async def test_killed_and_started_again(
-        self, new_broker: Callable[[], Broker], server: Server
-    ) -> None:
-        broker = new_broker()
-        await broker.open()
-        try:
-            await broker.send(messages(1, 2))
-            revision = await broker.put("kept", b"1", None)
-            reader = Reader(broker, 0, 1)
-            await reader.read_all()
-            server.kill()
-            with anyio.fail_after(_SECONDS):
-                for call in (
-                    broker.send(messages(3)),
-                    broker.get("kept"),
-                    broker.put("kept", b"2", revision),
-                    broker.ends([0]),
-                ):
-                    with pytest.raises(StorageError, match="\n"):
-                        await call
-            server.start()
-            await insist(broker, messages(4))
-            await reader.follow(lambda: 4 in reader.seen[0])
-            assert [one for one in reader.seen[0] if one != 3] == [1, 2, 4]
-            assert await broker.get("kept") == Entry("kept", b"1", revision)
-            await broker.put("kept", b"3", revision)
-        finally:
-            await broker.close()
-
-    async def test_a_reader_waits_over_a_restart(
-        self, new_broker: Callable[[], Broker], server: Server
-    ) -> None:
-        broker, other = new_broker(), new_broker()
-        await broker.open()
-        try:
-            await broker.send(messages(1))
-            reader = Reader(broker, 0, 1)
-            await reader.read_all()
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(reader.follow, lambda: reader.seen[0] == [1, 2])
-                await anyio.wait_all_tasks_blocked()
-                server.stop()
-                server.start()
-                await other.open()
-                await other.send(messages(2))
-        finally:
-            await broker.close()
-            await other.close()
-
-    async def test_killed_under_load_it_loses_nothing_and_keeps_the_order(
-        self, new_broker: Callable[[], Broker], server: Server
-    ) -> None:
-        broker, reading = new_broker(), new_broker()
-        await broker.open()
-        await reading.open()
-        reader = Reader(reading, 0, 1, 2)
-        total = 3000
-
-        async def send() -> None:
-            for number in range(0, total, 10):
-                batch = [one for n in range(number, number + 10) for one in _one(n, n % 3)]
-                await insist(broker, batch)
-
-        async def kill() -> None:
-            for enough in (200, 1000):
-                await reader.wait_for(enough)
-                server.kill()
-                await anyio.to_thread.run_sync(server.start)
-
-        try:
-            with anyio.fail_after(_SECONDS):
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(send)
-                    tasks.start_soon(kill)
-                    await reader.follow(lambda: total - 1 in reader.seen[(total - 1) % 3])
-                for partition in range(3):
-                    mine = reader.seen[partition]
-                    await reader.follow(lambda mine=mine: len(set(mine)) == total // 3)  # type: ignore[misc]
-            for partition in range(3):
-                first_time = list(dict.fromkeys(reader.seen[partition]))
-                assert first_time == list(range(partition, total, 3))
-        finally:
-            await broker.close()
-            await reading.close()
-
-    async def test_everything_lost(self, new_broker: Callable[[], Broker], server: Server) -> None:
-        broker = new_broker()
-        await broker.open()
-        try:
-            await broker.send(messages(*range(5)))
-            revision = await broker.put("gone", b"1", None)
-            reader = Reader(broker, 0, 1)
-            await reader.read_all()
-            server.stop()
-            server.lose_everything()
-            server.start()
-            await insist(broker, messages(5, 6))
-            reading = await broker.read(reader.offsets, 10, _SECONDS)
-            assert numbers(reading.messages) == [5, 6]
-            assert set(reading.lost) == {0}
-            assert await broker.get("gone") is None
-            assert await broker.list("any") == []
-            with pytest.raises(EntryConflictError):
-                await broker.put("gone", b"2", revision)
-            assert await broker.put("gone", b"2", None) != revision
-        finally:
-            await broker.close()
-
-    async def test_there_is_no_server(
-        self, new_broker: Callable[[], Broker], server: Server
-    ) -> None:
-        broker = new_broker()
-        server.stop()
-        try:
-            with anyio.fail_after(_SECONDS), pytest.raises(StorageError, match="\n"):
-                await broker.open()
-        finally:
-            server.start()
-        await broker.open()
-        try:
-            await broker.send(messages(1))
-        finally:
-            server.stop()  # nor when it is closed
-            with anyio.fail_after(_SECONDS):
-                await broker.close()
-            server.start()
-
-
-def _one(number: int, partition: int) -> list[Message]:
-    return messages(number, partition=partition)
