@@ -27,8 +27,8 @@ from eventsource_anyio.bus.encoding import encode
 from eventsource_anyio.bus.nats import NATSEventBus
 from eventsource_anyio.testing.nats import nats_server
 
-from .redis import Found, batches
-from .suite import LOOPS, on
+from .redis import batches
+from .suite import LOOPS, Found, on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
