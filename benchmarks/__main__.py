@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 from rich.console import Console
 
-from . import bus, footprint, in_memory, large, machine, peers, postgresql, sqlite
+from . import brokers, bus, footprint, in_memory, large, machine, peers, postgresql, sqlite
 from .claims import claims
 from .plan import FULL, SHORT, STORES, Plan
 from .report import print_claims, print_results
@@ -52,6 +52,8 @@ def everything(
         if "memory" in stores:
             in_memory.add(suite, plan)
             bus.add(suite, plan)
+        if "brokers" in stores:
+            stack.enter_context(brokers.adding(suite, plan, console))
         if "SQLite" in stores:
             stack.enter_context(sqlite.adding(suite, plan, console))
         if "PostgreSQL" in stores:

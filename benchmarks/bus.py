@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
+from statistics import quantiles
 from time import perf_counter
 
 import anyio
@@ -27,6 +28,7 @@ SUBSCRIBERS = (1, 10, 100)
 _BATCH = 100
 _DELIVERED = 40_000
 _BY_PEERS = 2000
+_ALONE = 2000
 
 
 def batches(subscribers: int) -> list[list[StoredEvent]]:
@@ -99,7 +101,33 @@ async def _deliver(
     return {"deliveries/s": len(streams) * len(todo) * _BATCH / seconds}
 
 
+async def to_handler() -> Found:
+    """From the call of `publish` to that of a handler, which `run` calls."""
+    times: list[float] = []
+    begun = 0.0
+
+    async def handle(event: StoredEvent) -> None:
+        times.append(perf_counter() - begun)
+
+    bus = InMemoryEventBus()
+    bus.register(handle, Placed)
+    async with anyio.create_task_group() as group:
+        await group.start(bus.run)
+        for batch in batches(_DELIVERED // _ALONE):
+            for event in batch:
+                begun = perf_counter()
+                await bus.publish([event])
+        bus.stop()
+    found = quantiles(times, n=100)
+    return {"p50 ms": found[49] * 1000, "p99 ms": found[98] * 1000}
+
+
 def add(suite: Suite, plan: Plan) -> None:
+    for loop in plan.loops:
+        suite.add(
+            Piece("publish to handler", "memory", "alone", ours(loop)),
+            partial(on, loop, to_handler),
+        )
     for subscribers in SUBSCRIBERS:
         case = "1 subscriber" if subscribers == 1 else f"{subscribers} subscribers"
         for loop in plan.loops:

@@ -36,7 +36,7 @@ class Claim:
 
 def claims(results: Results) -> list[Claim]:
     found: list[Claim] = []
-    for part in (_embedded, _appends, _reads, _loops, _subscribers, _projections, _costs):
+    for part in (_embedded, _appends, _reads, _loops, _subscribers, _projections, _buses, _costs):
         found += part(results)
     return found
 
@@ -152,6 +152,25 @@ def _projections(results: Results) -> Iterator[Claim]:
         where = ("append, with a projection", _PG, "50 writers", ours(loop))
         beside, alone = results.find(*where, "appends/s"), results.find(*where, "alone, appends/s")
         yield from _divided(beside, alone, "without it", "≥", 0.8)
+
+
+def _buses(results: Results) -> Iterator[Claim]:
+    for loop in LOOPS:
+        fan_out = ("fan-out", "memory", "10 subscribers", ours(loop), "deliveries/s")
+        yield from _value(results, fan_out, "≥", 1_000_000)
+        alone = ("publish to handler", "memory", "alone", ours(loop), "p50 ms")
+        yield from _value(results, alone, "≤", 0.05)
+        relay = ("relay", "Redis", "to another process", ours(loop), "events/s")
+        yield from _value(results, relay, "≥", 20_000)
+        elsewhere = ("publish to handler", "Redis", "another process", ours(loop), "p50 ms")
+        yield from _value(results, elsewhere, "≤", 10)
+    for work, store, case, unit, bound in (
+        ("fan-out", "memory", "10 subscribers", "deliveries/s", 0.85),
+        ("relay", "Redis", "to another process", "events/s", 0.85),
+        ("relay", "NATS", "to another process", "events/s", 0.70),
+    ):
+        key = (work, store, case, ours("Trio"), unit)
+        yield from _ratio(results, key, ours("asyncio"), "≥", bound)
 
 
 def _costs(results: Results) -> Iterator[Claim]:

@@ -34,7 +34,7 @@ PLOTS: Mapping[str, tuple[str, ...]] = {
     "fan-out": ("fan-out",),
     "costs": ("costs",),
 }
-_STORES = ("PostgreSQL", "SQLite", "SQLite, NORMAL", "memory")
+_STORES = ("PostgreSQL", "SQLite", "SQLite, NORMAL", "memory", "Redis", "NATS")
 _MARKED = re.compile(
     r"^<!-- begin: (?P<name>[^>]+) -->$(?P<body>.*?)^<!-- end: (?P=name) -->$",
     re.MULTILINE | re.DOTALL,

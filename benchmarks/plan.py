@@ -17,7 +17,7 @@ Case: TypeAlias = tuple[int, int, bool]
 """Tasks, events an append, and whether all of them append to one stream."""
 
 MUCH = Filled(streams=30, sizes=(10, LOADED, LARGE))
-STORES = ("memory", "SQLite", "PostgreSQL")
+STORES = ("memory", "SQLite", "PostgreSQL", "brokers")
 
 
 @attrs.frozen(kw_only=True)
