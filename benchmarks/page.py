@@ -21,6 +21,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "catch up": ("catch up", "append to read model"),
     "latency": ("append to subscriber",),
     "fan-out": ("fan-out",),
+    "brokers": ("relay", "publish", "publish to handler"),
     "costs": ("memory of an append", "memory of a long stream", "import", "installation"),
     "large": ("append at 0 events", "append at 5 M events"),
 }
