@@ -275,7 +275,7 @@ async def test_one_that_was_taken_for_dead_joins_again(store: EventStore):
             await until(joined)
             await coordinator.wait_for(position)
     await assert_seen(store)
-    assert len(projection.calls) == 15
+    assert set(projection.calls) == set(range(1, 16))  # a batch may have been begun twice
 
 
 async def test_sums_while_shards_change_hands(store: EventStore):

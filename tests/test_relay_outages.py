@@ -18,13 +18,14 @@ from tests.receiving import Receiver, message, running
 from tests.test_postgresql_failures import (
     Database,
     database,
+    driver,
     network,
     server,
     store,
     template,
 )
 
-__all__ = ["database", "network", "server", "store", "template"]
+__all__ = ["database", "driver", "network", "server", "store", "template"]
 
 KEYS = "abcdefg"
 
