@@ -1,9 +1,11 @@
 """Event sourcing that runs the same core on asyncio and Trio."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 from .aggregates.decider import Decider, DeciderAggregate
 from .aggregates.repository import AggregateRepository
 from .aggregates.root import AggregateRoot, applies
-from .bus.in_memory import InMemoryEventBus
 from .bus.interface import EventBus
 from .errors import (
     AggregateNotFoundError,
@@ -20,8 +22,6 @@ from .errors import (
 from .events import DomainEvent, NewEvent, StoredEvent, caused_by, upcaster
 from .ids import AggregateId
 from .metadata import event_metadata
-from .projections.base import Projection, handles
-from .projections.coordinator import ProjectionCoordinator
 from .repositories.checkpoint import CheckpointRepository
 from .repositories.outbox import OutboxMessage, OutboxRepository
 from .stores.in_memory import InMemoryEventStore
@@ -36,9 +36,35 @@ from .stores.interface import (
     Subscription,
     Transaction,
 )
-from .stores.postgresql import PostgreSQLEventStore
-from .stores.sqlite import SQLiteEventStore
-from .sync import SyncRunner
+
+if TYPE_CHECKING:
+    from .bus.in_memory import InMemoryEventBus
+    from .projections.base import Projection, handles
+    from .projections.coordinator import ProjectionCoordinator
+    from .stores.postgresql import PostgreSQLEventStore
+    from .stores.sqlite import SQLiteEventStore
+    from .sync import SyncRunner
+else:
+    # A program that uses one store should not pay for the import of them all.
+    _LATER = {
+        "InMemoryEventBus": ".bus.in_memory",
+        "PostgreSQLEventStore": ".stores.postgresql",
+        "Projection": ".projections.base",
+        "ProjectionCoordinator": ".projections.coordinator",
+        "SQLiteEventStore": ".stores.sqlite",
+        "SyncRunner": ".sync",
+        "handles": ".projections.base",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(_import_module(_LATER[name], __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "ANY",

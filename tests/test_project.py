@@ -79,12 +79,30 @@ def test_public_names_are_few_and_there():
 
 
 def test_package_has_no_public_name_that_it_does_not_declare():
+    public()  # what is imported when it is asked for, is
     found = {
         name
         for name, value in vars(eventsource_anyio).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType) and name != "annotations"
-    }
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    } - {"TYPE_CHECKING"}
     assert found == {name for name in eventsource_anyio.__all__ if not name.startswith("_")}
+
+
+def test_a_name_is_listed_before_it_is_imported_and_an_unknown_one_is_refused():
+    listed = "import eventsource_anyio; print('SyncRunner' in dir(eventsource_anyio), end='')"
+    said = subprocess.run([sys.executable, "-c", listed], check=True, capture_output=True)
+    assert said.stdout == b"True"
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = eventsource_anyio.Nothing  # type: ignore[attr-defined]
+
+
+def test_what_is_not_asked_for_is_not_imported():
+    asked = "import sys, eventsource_anyio; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
+    packages = ("stores.postgresql", "stores.sqlite", "projections", "sync", "bus.in_memory")
+    modules = said.stdout.split()
+    assert [one for one in packages if f"eventsource_anyio.{one}" in modules] == []
+    assert "eventsource_anyio.stores.interface" in modules
 
 
 def test_exception_classes_are_few_and_of_one_family():
