@@ -37,7 +37,7 @@ _STYLE: dict[Any, Any] = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
-    "axes.titlesize": 12,
+    "axes.titlesize": 10,  # the longest fits over its panel
     "xtick.color": _INK,
     "ytick.color": _INK,
     "grid.color": _GRID,
