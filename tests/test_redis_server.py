@@ -45,7 +45,7 @@ def test_a_server_is_there_while_it_is_entered():
 @needs_binary
 def test_two_servers_find_ports_of_their_own(monkeypatch):
     with redis.RedisServer(BINARY) as one:
-        ports = iter([one._port, one._port + 1])
+        ports = iter([one.port, one.port + 1])
         monkeypatch.setattr(secrets, "choice", lambda _: next(ports))
         with redis.RedisServer(BINARY) as other:
             assert other.url != one.url

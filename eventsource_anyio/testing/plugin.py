@@ -6,15 +6,31 @@ They work with anyio's plugin: each store is open on the loop that the test runs
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from ..stores.in_memory import InMemoryEventStore
 from ..stores.sqlite import SQLiteEventStore
 from . import nats, postgresql, redis
+
+T = TypeVar("T")
+
+
+@contextmanager
+def _running(entered: AbstractContextManager[T], unavailable: type[Exception]) -> Generator[T]:
+    """A server, or a skipped test with the reason; in CI a failed one."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(entered)
+        except unavailable as error:
+            if os.environ.get("CI"):
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))
+        yield server
 
 
 @pytest.fixture
@@ -40,13 +56,7 @@ def postgresql_server() -> Iterator[postgresql.PostgreSQLDatabases]:
     Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
     fail.
     """
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(postgresql.postgresql_server())
-        except postgresql.PostgreSQLUnavailableError as error:
-            if os.environ.get("CI"):
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip(str(error))
+    with _running(postgresql.postgresql_server(), postgresql.PostgreSQLUnavailableError) as server:
         yield server
 
 
@@ -65,13 +75,7 @@ def redis_server() -> Iterator[redis.RedisDatabase]:
     Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
     fail.
     """
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(redis.redis_server())
-        except redis.RedisUnavailableError as error:
-            if os.environ.get("CI"):
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip(str(error))
+    with _running(redis.redis_server(), redis.RedisUnavailableError) as server:
         yield server
 
 
@@ -88,13 +92,7 @@ def nats_server() -> Iterator[nats.NATSAccount]:
     Where there is none to be had, tests that use it are skipped; with `CI` in the environment they
     fail.
     """
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(nats.nats_server())
-        except nats.NATSUnavailableError as error:
-            if os.environ.get("CI"):
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip(str(error))
+    with _running(nats.nats_server(), nats.NATSUnavailableError) as server:
         yield server
 
 
