@@ -39,10 +39,12 @@ from eventsource_anyio import (
     upcaster,
 )
 from eventsource_anyio.bus.interface import EventBus
+from eventsource_anyio.errors import EventDecodeError
 from eventsource_anyio.projections import Inline, Projection, SingleStreamView, evolves, handles
 from eventsource_anyio.relay import EventRelay, OutboxRelay, OutboxStatistics, ParkedKey
 from eventsource_anyio.repositories.document import Document, DocumentRepository
 from eventsource_anyio.repositories.outbox import StoredMessage
+from eventsource_anyio.stores.interface import EventIterator
 from eventsource_anyio.stores.sql_transaction import SQLTransaction
 from eventsource_anyio.testing import cancel_at_every_checkpoint, given
 
@@ -126,7 +128,9 @@ async def of_a_store(store: EventStore) -> None:
         assert_type(stored.event, DomainEvent)
         if isinstance(stored.event, Filled):
             assert_type(stored.event.litres, int)
-    assert_type(store.read_stream("Tank-t"), AsyncIterator[StoredEvent])
+    assert_type(store.read_stream("Tank-t"), EventIterator)
+    batch = await store.read_stream("Tank-t").next_batch()
+    assert_type(batch, Sequence[StoredEvent | EventDecodeError])
     assert_type(
         store.read_all(ReadOptions(event_types=(Filled, "Drained"))), AsyncIterator[StoredEvent]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from itertools import takewhile
 from typing import Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from anyio.lowlevel import checkpoint
@@ -12,13 +13,20 @@ from anyio.lowlevel import checkpoint
 from ..bus.interface import EventBus
 from ..errors import AggregateNotFoundError, ConcurrencyError
 from ..events import StoredEvent
-from ..ids import AggregateId, normalize_aggregate_id, stream_id_of
+from ..ids import AggregateId, stream_id_of
 from ..stores.interface import AppendHandler, AppendResult, EventStore, ReadOptions
+from ..stores.reading import readable
 from .decider import C, Decider, DeciderAggregate, E, S
 from .root import Aggregate, AggregateRoot, TRoot
 
 TAggregate = TypeVar("TAggregate", bound=Aggregate)
 P = ParamSpec("P")
+
+_BATCH_SIZE = 1000
+
+
+def _occurred_until(moment: datetime, stored: StoredEvent) -> bool:
+    return stored.occurred_at <= moment
 
 
 class AggregateRepository(Generic[TAggregate]):
@@ -78,34 +86,35 @@ class AggregateRepository(Generic[TAggregate]):
             AggregateNotFoundError: there is no such aggregate, or it was not there yet.
             EventDecodeError: one of its events cannot be read.
         """
-        if version is None and at is None:
-            stream = await self._store.get_events(aggregate_id, self._aggregate_type)
-            events, as_of = stream.events, ""
-        else:
-            events = await self._past(aggregate_id, version, at)
-            as_of = f" at {at.isoformat()}" if at else ""
-            as_of += f" at version {version}" if version is not None else ""
-        reached = events[-1].version if events else 0
-        if not events or (version is not None and at is None and reached < version):
-            raise AggregateNotFoundError(stream_id_of(self._aggregate_type, aggregate_id), as_of)
-        aggregate = self._new(aggregate_id)
-        aggregate.replay(events)
-        return aggregate
-
-    async def _past(
-        self, aggregate_id: AggregateId, version: int | None, at: datetime | None
-    ) -> tuple[StoredEvent, ...]:
         if version is not None and version < 1:
             raise ValueError(f"version must be a number from 1, not {version}")
         if at is not None and at.tzinfo is None:
             raise ValueError(f"at must be a datetime with a time zone, not {at!r}")
-        stream_id = stream_id_of(self._aggregate_type, normalize_aggregate_id(aggregate_id))
-        events: list[StoredEvent] = []
-        async for event in self._store.read_stream(stream_id, ReadOptions(to_version=version)):
-            if at is not None and event.occurred_at > at:
+        aggregate = await self._rebuilt(aggregate_id, version, at)
+        reached = aggregate.version
+        if not reached or (version is not None and at is None and reached < version):
+            as_of = f" at {at.isoformat()}" if at else ""
+            as_of += f" at version {version}" if version is not None else ""
+            raise AggregateNotFoundError(stream_id_of(self._aggregate_type, aggregate_id), as_of)
+        return aggregate
+
+    async def _rebuilt(
+        self, aggregate_id: AggregateId, version: int | None = None, at: datetime | None = None
+    ) -> TAggregate:
+        """It, as it was; at version 0 if it was not there. Its events are let go one by one."""
+        aggregate = self._new(aggregate_id)
+        stream_id = stream_id_of(self._aggregate_type, aggregate.aggregate_id)
+        options = ReadOptions(to_version=version, batch_size=_BATCH_SIZE)
+        batches = self._store.read_stream(stream_id, options)
+        while batch := await batches.next_batch():
+            events = readable(batch)
+            if at is not None:
+                events = takewhile(partial(_occurred_until, at), events)
+            before = aggregate.version
+            aggregate.replay(events)
+            if aggregate.version - before < len(batch):
                 break
-            events.append(event)
-        return tuple(events)
+        return aggregate
 
     async def save(self, aggregate: TAggregate) -> AppendResult | None:
         """Append the aggregate's uncommitted events; None if there are none.
@@ -148,8 +157,7 @@ class AggregateRepository(Generic[TAggregate]):
         nothing was decided.
         """
         while True:
-            aggregate = self._new(aggregate_id)
-            aggregate.replay(await self._store.get_events(aggregate_id, self._aggregate_type))
+            aggregate = await self._rebuilt(aggregate_id)
             aggregate.perform(command, *args, **kwargs)
             try:
                 result = await self._append(aggregate)

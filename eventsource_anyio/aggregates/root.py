@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from inspect import iscoroutinefunction
 from typing import ClassVar, TypeVar, cast
 
@@ -58,11 +58,17 @@ class Aggregate(ABC):
         self._version += 1
 
     def replay(self, stored: Iterable[StoredEvent]) -> None:
-        """Change the state by stored events, the next ones of the stream."""
-        events = list(stored)
-        self._evolve([one.event for one in events])
-        if events:
-            self._version = events[-1].version
+        """Change the state by stored events, the next ones of the stream; none of them is kept."""
+        version = self._version
+
+        def events() -> Iterator[DomainEvent]:
+            nonlocal version
+            for one in stored:
+                version = one.version
+                yield one.event
+
+        self._evolve(events())
+        self._version = version
 
     def mark_committed(self, stored: Iterable[NewEvent]) -> None:
         """These of the uncommitted events have been stored."""

@@ -23,9 +23,7 @@ from types import TracebackType
 from typing import Final, Self, overload
 
 import attrs
-from msgspec.structs import replace
 
-from ..errors import EventDecodeError
 from ..events import DomainEvent, NewEvent, StoredEvent, registered
 from ..ids import (
     SLICES,
@@ -54,7 +52,7 @@ from ..repositories.outbox import (
     StoredMessage,
     decode_message,
 )
-from .reading import EventIterator, Page, PageRequest, Subscription
+from .reading import EventIterator, Page, PageRequest, Subscription, readable
 from .records import Append, AppendResult, ExpectedVersion, Step, decode_stored, encode_append
 from .transaction import AppendHandler, LookUps, Transaction
 
@@ -70,6 +68,7 @@ __all__ = [
     "DeleteDocuments",
     "Document",
     "EncodedDocument",
+    "EventIterator",
     "EventStore",
     "EventStream",
     "ExpectedVersion",
@@ -291,15 +290,9 @@ class EventStore(ABC):
         options = ReadOptions(from_version=from_version, batch_size=1000)
         request = _stream_request(check_aggregate_type(aggregate_type), aggregate_id, options)
         events: list[StoredEvent] = []
-        at_end = False
-        while not at_end:  # by the page: an iterator costs an await for each event
-            page = await self._read(request)
-            for event in page.events:
-                if isinstance(event, EventDecodeError):
-                    raise event
-                events.append(event)
-            request = replace(request, start=page.resume)
-            at_end = page.at_end
+        batches = EventIterator(self._read, request, None)
+        while batch := await batches.next_batch():
+            events += readable(batch)
         version = events[-1].version if events else 0
         if not events and from_version > 1:
             last = attrs.evolve(options, from_version=0, backwards=True, limit=1)
@@ -308,10 +301,8 @@ class EventStore(ABC):
                 version = event.version
         return EventStream(aggregate_id, aggregate_type, tuple(events), version)
 
-    def read_stream(
-        self, stream_id: str, options: ReadOptions | None = None
-    ) -> AsyncIterator[StoredEvent]:
-        """The events of one stream by version, a page at a time.
+    def read_stream(self, stream_id: str, options: ReadOptions | None = None) -> EventIterator:
+        """The events of one stream by version, a page at a time: an async iterator.
 
         The iterator holds nothing between pages and needs no closing. It raises `EventDecodeError`
         for an event that cannot be read, and goes on after it if it is asked again. It checkpoints

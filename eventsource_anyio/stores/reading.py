@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, overload
 
@@ -79,6 +79,14 @@ class DecodedRows(Sequence[Read], Generic[Row]):
         return next(self._decode([self._rows[index]]))
 
 
+def readable(events: Iterable[Read]) -> Iterator[StoredEvent]:
+    """They, until one that could not be read, whose error is raised."""
+    for event in events:
+        if isinstance(event, EventDecodeError):
+            raise event
+        yield event
+
+
 class Page(Struct, frozen=True):
     """Events in the order asked for. `resume` is where the next page starts.
 
@@ -135,12 +143,28 @@ class _PageReader(AsyncIterator[StoredEvent]):
 class EventIterator(_PageReader):
     """A finite read. It needs no closing."""
 
-    __slots__ = ("_ended", "_limit")
+    __slots__ = ("_ended", "_limit", "_page")
 
     def __init__(self, read: ReadPage, request: PageRequest, limit: int | None) -> None:
         super().__init__(read, request)
+        self._page: Sequence[Read] = ()
         self._limit = limit
         self._ended = False
+
+    async def next_batch(self) -> Sequence[Read]:
+        """The next events, at most `batch_size`, and none at the end.
+
+        One that cannot be read comes as its error. They are decoded while they are iterated over,
+        so whoever keeps none of them needs no memory for all.
+        """
+        with self._guard:
+            while not self._left:
+                try:
+                    await self._turn()
+                except StopAsyncIteration:
+                    return ()
+        left, self._left = self._left, 0
+        return self._page if left == len(self._page) else list(self._events)
 
     async def _turn(self) -> None:
         left, request = self._limit, self._request
@@ -151,6 +175,7 @@ class EventIterator(_PageReader):
             request if left is None or left >= request.limit else replace(request, limit=left)
         )
         self._begin(page)
+        self._page = page.events
         self._request = replace(request, start=page.resume)
         self._ended = page.at_end
         if left is not None:

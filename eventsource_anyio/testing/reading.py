@@ -14,6 +14,7 @@ from .. import events as registry
 from ..errors import EventDecodeError
 from ..events import StoredEvent
 from ..stores.interface import ANY, EventStore, ReadOptions
+from ..stores.reading import readable
 from .samples import Ended, Happened, append_numbers, numbers
 
 
@@ -176,6 +177,26 @@ class ReadContract:
         assert numbers(await store.get_events("a", "Thing")) == list(range(2_500))
         assert numbers(await read(store)) == list(range(2_500))
 
+    async def test_a_stream_is_read_in_batches(self, store: EventStore) -> None:
+        await append_numbers(store, 7)
+        for options, expected in (
+            (ReadOptions(batch_size=3), [0, 1, 2, 3, 4, 5, 6]),
+            (ReadOptions(batch_size=3, limit=4, backwards=True), [6, 5, 4, 3]),
+            (ReadOptions(batch_size=100, from_version=8), []),
+        ):
+            iterator = store.read_stream("Thing-a", options)
+            found: list[int] = []
+            while batch := await iterator.next_batch():
+                assert len(batch) <= options.batch_size
+                found += numbers(readable(batch))
+                assert numbers(readable(batch)) == found[-len(batch) :]  # again
+                if len(found) < len(expected):
+                    found += numbers([await anext(iterator)])
+            assert found == expected
+            assert not await iterator.next_batch()
+            with pytest.raises(StopAsyncIteration):
+                await anext(iterator)
+
     async def test_two_readers_of_one_iterator_are_refused(self, store: EventStore) -> None:
         await append_numbers(store, 2)
         iterator = store.read_all()
@@ -229,6 +250,10 @@ class ReadContract:
                 assert error.position > 0
                 assert error.payload == b"{}"
                 assert "no event class of the name" in str(error)
+            iterator, kinds = store.read_stream("Thing-a"), list[type]()
+            while batch := await iterator.next_batch():
+                kinds += map(type, batch)
+            assert kinds == [StoredEvent, EventDecodeError, StoredEvent]
             with pytest.raises(EventDecodeError):
                 await store.get_events("a", "Thing")
         assert len(await store.get_events("a", "Thing")) == 3

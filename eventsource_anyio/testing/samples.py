@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 from uuid import UUID
 
@@ -25,7 +25,7 @@ class Ended(DomainEvent):
     event_type: ClassVar[str] = "eventsource_anyio.testing.Ended"
 
 
-def numbers(events: Sequence[StoredEvent]) -> list[int]:
+def numbers(events: Iterable[StoredEvent]) -> list[int]:
     return [stored.event.number for stored in events if isinstance(stored.event, Happened)]
 
 
