@@ -281,6 +281,73 @@ def test_a_program_of_the_version_before_may_go_on(database: Database):
     ]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_functions_answer_as_a_model_does(database: Database, alone: bool):
+    """For every expectation, met or not, and what is believed of a stream, right or wrong."""
+    one = (
+        "SELECT status, version FROM eventsource.append_event('T', %s, %s, %s, 'E', 1, NULL, NULL, "
+        "'{}')"
+    )
+    many = (
+        "SELECT statuses, versions FROM eventsource.append_events('{T}', %s, %s, %s, '{}', '{}', "
+        "'{}', %s, '{E}', '{}', '{}', '{}', %s, false, false)"
+    )
+    random = Random(7)
+    streams: dict[str, int] = {}
+    stored: list[UUID] = []
+    met: set[tuple[str, int]] = set()
+    for number in range(1000):
+        some = [f"{number // 10} {letter}" for letter in "abcd"]
+        names = random.choices(some, k=1 if alone else random.randint(2, 3))
+        begin = dict(streams)
+        asked: list[int] = []
+        ids: list[UUID] = []
+        statuses: list[int] = []
+        versions: list[int] = []
+        for name in names:
+            version = streams.get(name, 0)
+            kind, expected = random.choice(
+                [
+                    ("exact", version),
+                    ("behind", max(version - random.randint(1, 3), 0)),
+                    ("ahead", version + random.randint(1, 3)),
+                    ("any", -1),
+                    ("exists", -2),
+                    ("believed", -3 - version),
+                    ("believed too little", -3 - max(version - random.randint(0, 9), 0)),
+                    ("believed too much", -3 - version - random.randint(1, 9)),
+                ]
+            )
+            holds = expected in (version, -1) or expected < -2 or (expected == -2 and version > 0)
+            # One that is stored is only found where the version alone does not say enough.
+            again = bool(stored) and begin.get(name, 0) > 0 and expected != begin[name]
+            again = again and random.random() < 0.4
+            ids.append(random.choice(stored) if again else uuid4())
+            asked.append(expected)
+            versions.append(version)
+            status = 1 if again else 0 if holds else 2
+            statuses.append(status)
+            met.add((kind, status))
+            if status == 0:
+                streams[name] = version + 1
+        if len(set(ids)) < len(ids):
+            streams = begin
+            continue
+        if alone:
+            answers = database.rows(one, names[0], asked[0], ids[0])
+            assert answers == [(statuses[0], versions[0])]
+        else:
+            same = [names.index(name) + 1 for name in names]
+            same_as = same if len(set(names)) < len(names) else []
+            values = (names, same_as, asked, ids, ["{}"] * len(names))
+            assert database.rows(many, *values) == [(statuses, versions)]
+        stored += [one for one, status in zip(ids, statuses, strict=True) if status == 0]
+    assert met >= {("exact", 0), ("ahead", 2), ("behind", 2), ("behind", 1), ("any", 0), ("any", 1)}
+    assert met >= {("exists", 0), ("exists", 2), ("believed", 0), ("believed", 1)}
+    assert met >= {("believed too little", 0), ("believed too much", 0), ("believed too much", 1)}
+    assert_whole(database)
+
+
 async def test_each_of_a_batch_has_an_outcome_of_its_own(
     store: PostgreSQLEventStore, database: Database
 ):

@@ -27,7 +27,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
 from ...ids import AggregateId
-from ..records import Append
+from ..records import Append, ExpectedVersion
 from .driver import Connection, DriverError
 from .failures import storage_error
 from .pool import Pool
@@ -47,6 +47,7 @@ from .statements import (
 _APPENDS_AT_MOST = 128  # each holds an entry of the lock table, which all processes share
 _EVENTS_AT_MOST = 2000
 _BATCHES_AT_MOST = 100
+_REACHED_AT_MOST = 10_000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 # One append can break a batch by what is in it; the batch is then sent one by one, unless the
 # error is of a kind that each of them would meet.
@@ -143,6 +144,7 @@ class Lane:
         self._door = anyio.Lock()  # where they wait in order if there is no room
         self._room = _Change()
         self._alone = True  # the last caller was: then nobody is waited for
+        self._reached: dict[_Stream, int] = {}  # by appends that expect no version
         self._closed = ""
 
     async def append(self, append: Append) -> Answer:
@@ -403,15 +405,21 @@ class Lane:
                     stored = _stored(jobs, answers)
                 if any(event.event_id in stored for event in job.append.events):
                     answer = Answer(KNOWN, 0)  # it repeats one of the same batch
+            elif answer.status == APPENDED and job.append.expected_version is ExpectedVersion.ANY:
+                self._reached[job.stream] = answer.version + len(job.append.events)
             job.answer = answer
             job.settled = True
+        if len(self._reached) > _REACHED_AT_MOST:
+            self._reached.clear()
 
     async def _ask(self, connection: Connection, appends: Sequence[Append]) -> Sequence[Answer]:
         statements = self._statements
         if len(appends) == 1 and len(appends[0].events) == 1:
-            (row,) = await connection.fetch(statements.append_event, *event_values(appends[0]))
+            (row,) = await connection.fetch(
+                statements.append_event, *event_values(appends[0], self._reached)
+            )
             return [event_answer(row)]
-        values = events_values(appends, wait=False, atomic=False)
+        values = events_values(appends, wait=False, atomic=False, reached=self._reached)
         (row,) = await connection.fetch(statements.append_events, *values)
         return events_answers(appends, row)
 

@@ -56,13 +56,20 @@ $$;
 -- Appends one event. The statuses of an append, here and below:
 --   0 appended, 1 some of its event ids are stored already, 2 the stream is at another version,
 --   3 another transaction is appending to the stream (ask again; `append_events` can wait).
--- The expected version is -1 for any, -2 for a stream that exists. `version` is the stream's before.
+-- The expected version is -1 for any, -2 for a stream that exists, and below that any, where the
+-- stream is believed to have reached version -3 - expected. `version` is the stream's before.
+--
+-- A stream's last version is looked for from the version on that it is believed to have, and only if
+-- it has not, from the beginning: without a lower bound the server would read what is left of the
+-- page of the index, which may hold some hundred versions.
 CREATE OR REPLACE FUNCTION es.append_event(
     aggregate_type text, aggregate_id text, expected bigint, event_id uuid, event_type text,
     schema_version int, occurred timestamptz, metadata text, payload text,
     OUT status int, OUT version bigint, OUT given bigint, OUT recorded timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
+DECLARE
+    believed CONSTANT bigint := CASE WHEN expected < -2 THEN -3 - expected ELSE expected END;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended(
             aggregate_type || '-' || aggregate_id, 'es.events'::regclass::oid::bigint)) THEN
@@ -73,21 +80,21 @@ BEGIN
     version := coalesce((
         SELECT e.version FROM es.events e
         WHERE (e.aggregate_id, e.aggregate_type, e.version)
-            BETWEEN (aggregate_id, aggregate_type, expected)
+            BETWEEN (aggregate_id, aggregate_type, believed)
             AND (aggregate_id, aggregate_type, 9223372036854775807)
         ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-    ), CASE WHEN expected > 0 THEN (
+    ), CASE WHEN believed > 0 THEN (
         SELECT e.version FROM es.events e
         WHERE (e.aggregate_id, e.aggregate_type, e.version)
-            BETWEEN (aggregate_id, aggregate_type, 0) AND (aggregate_id, aggregate_type, expected)
+            BETWEEN (aggregate_id, aggregate_type, 0) AND (aggregate_id, aggregate_type, believed)
         ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
     ) END, 0);
     IF version <> expected THEN
-        IF (version > 0 OR expected <> -1) AND EXISTS (
+        IF (version > 0 OR expected >= 0 OR expected = -2) AND EXISTS (
                 SELECT FROM es.events e WHERE e.event_id = event_id) THEN
             status := 1;
             RETURN;
-        ELSIF expected <> -1 AND (expected <> -2 OR version = 0) THEN
+        ELSIF expected >= 0 OR (expected = -2 AND version = 0) THEN
             status := 2;
             RETURN;
         END IF;
@@ -144,27 +151,38 @@ BEGIN
         plain := plain AND NOT false = ANY (free);
     END IF;
     -- In a snapshot of its own: what was committed before the locks were had is seen.
-    SELECT array_agg(coalesce((
+    SELECT array_agg(CASE WHEN same_as[u.nth] <> u.nth THEN 0 ELSE coalesce((
             SELECT e.version FROM es.events e
             WHERE (e.aggregate_id, e.aggregate_type, e.version)
-                BETWEEN (u.id, coalesce(u.kind, one_kind), u.asked)
+                BETWEEN (u.id, coalesce(u.kind, one_kind), u.believed)
                 AND (u.id, coalesce(u.kind, one_kind), 9223372036854775807)
             ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-        ), CASE WHEN u.asked > 0 THEN (
+        ), CASE WHEN u.believed > 0 THEN (
             SELECT e.version FROM es.events e
             WHERE (e.aggregate_id, e.aggregate_type, e.version)
                 BETWEEN (u.id, coalesce(u.kind, one_kind), 0)
-                AND (u.id, coalesce(u.kind, one_kind), u.asked)
+                AND (u.id, coalesce(u.kind, one_kind), u.believed)
             ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-        ) END, 0))
-        INTO versions FROM unnest(aggregate_types, aggregate_ids, expected) u(kind, id, asked);
+        ) END, 0) END)
+        INTO versions FROM (
+            SELECT nth, id, kind, CASE WHEN asked < -2 THEN -3 - asked ELSE asked END AS believed
+            FROM unnest(aggregate_types, aggregate_ids, expected)
+                WITH ORDINALITY given(kind, id, asked, nth)
+        ) u;
+    IF NOT plain THEN
+        FOR i IN 1..cardinality(same_as) LOOP
+            versions[i] := versions[same_as[i]];
+        END LOOP;
+    END IF;
     IF versions <> expected AND EXISTS (SELECT FROM unnest(versions, expected) u(now, asked)
-            WHERE u.now <> u.asked AND (u.now > 0 OR u.asked <> -1)) THEN
-        plain := false;
+            WHERE u.now <> u.asked AND (u.now > 0 OR u.asked >= 0 OR u.asked = -2)) THEN
+        -- One by one: a join may be planned as a scan of the whole table, while it is small.
         SELECT array_agg(DISTINCT CASE appends WHEN 1 THEN 1 ELSE coalesce(u.append, u.nth) END)
-            INTO known
-            FROM unnest(append, event_ids) WITH ORDINALITY u(append, id, nth)
-            JOIN es.events e ON e.event_id = u.id;
+            INTO known FROM unnest(append, event_ids) WITH ORDINALITY u(append, id, nth)
+            WHERE (SELECT true FROM es.events e WHERE e.event_id = u.id LIMIT 1);
+        plain := plain AND known IS NULL AND NOT EXISTS (
+            SELECT FROM unnest(versions, expected) u(now, asked)
+            WHERE u.now <> u.asked AND (u.asked >= 0 OR (u.asked = -2 AND u.now = 0)));
     END IF;
     statuses := array_fill(0, ARRAY[appends]);
     IF NOT plain THEN
@@ -177,7 +195,7 @@ BEGIN
                 statuses[i] := 3;
             ELSIF i = ANY (known) THEN
                 statuses[i] := 1;
-            ELSIF version = expected[i] OR expected[i] = -1 OR (expected[i] = -2 AND version > 0) THEN
+            ELSIF version = expected[i] OR (expected[i] < 0 AND (expected[i] <> -2 OR version > 0)) THEN
                 latest[same] := version + coalesce(counts[i], 1);
             ELSE
                 statuses[i] := 2;
