@@ -36,6 +36,9 @@ from .shards import Shard, ShardRepository
 _logger = logging.getLogger("eventsource_anyio.projections")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _LONGEST_RETRY = 30.0
+# Where many events come in at once, more of them make one transaction, so that writers, who share the
+# machine with it, have more of the machine.
+_MANY, _GATHER_FOR = 50, 0.01
 _SKIPPED_FOR = 1.0  # seconds after which a checkpoint that only moved over others' events is saved
 
 _Read = StoredEvent | EventDecodeError
@@ -138,6 +141,8 @@ class ShardRun:
                     events, position = [one for one in events if one.position <= until], until
                 if events or until == position:
                     await self._process(events, position)
+                    if _MANY <= len(events) < options.batch_size:
+                        await self._pause(partial(anyio.sleep, _GATHER_FOR))
                 else:
                     self._passed(position)
                     await self._save_skipped()
