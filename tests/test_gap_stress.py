@@ -27,13 +27,22 @@ READERS_GO_TO_THE_LAST_POSITION = """
     AS 'SELECT last_value FROM scratch.positions'"""
 ANNOUNCED_TOO_LATE = """
     DROP TRIGGER announce ON scratch.events;
-    CREATE FUNCTION scratch.announce() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    CREATE FUNCTION scratch.too_late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         PERFORM pg_sleep(0.04 * random()), pg_advisory_xact_lock_shared(
             'scratch.positions'::regclass::oid::int4, (min(position) - 1)::int4) FROM inserted;
         RETURN NULL;
     END $$;
     CREATE TRIGGER announce AFTER INSERT ON scratch.events REFERENCING NEW TABLE AS inserted
-        FOR EACH STATEMENT EXECUTE FUNCTION scratch.announce();"""
+        FOR EACH STATEMENT EXECUTE FUNCTION scratch.too_late();"""
+READ_IN_AN_OLDER_SNAPSHOT = """
+    CREATE OR REPLACE FUNCTION scratch.read_safe(known bigint, low bigint, high bigint, most bigint)
+    RETURNS SETOF scratch.events LANGUAGE sql AS $$
+        WITH safe AS MATERIALIZED (
+            SELECT scratch.safe_position(known) AS position FROM pg_sleep(0.01))
+        SELECT (jsonb_populate_record(NULL::scratch.events, to_jsonb(safe))).* FROM safe UNION ALL
+        (SELECT e.* FROM scratch.events e, safe
+        WHERE e.position BETWEEN low AND least(high, safe.position) ORDER BY e.position LIMIT most)
+    $$"""
 EVENTS_DISAPPEAR = """
     CREATE FUNCTION scratch.vanish() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         DELETE FROM scratch.events WHERE position = NEW.position;
@@ -121,8 +130,12 @@ async def test_no_subscriber_misses_an_event(postgresql_dsn: str):
         ("trio", READERS_GO_TO_THE_LAST_POSITION),
         ("uvloop", ANNOUNCED_TOO_LATE),
         ("uvloop", POSITIONS_FROM_CACHES),
+        ("asyncio", READ_IN_AN_OLDER_SNAPSHOT),
     ],
-    ids=["not announced", "read to the last position", "announced too late", "cached positions"],
+    ids=[
+        *("not announced", "read to the last position", "announced too late", "cached positions"),
+        "read in an older snapshot",
+    ],
     indirect=["anyio_backend"],
 )
 async def test_it_fails_where_the_order_is_broken(postgresql_dsn: str, broken: str):

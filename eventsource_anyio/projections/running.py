@@ -36,7 +36,7 @@ from .shards import Shard, ShardRepository
 _logger = logging.getLogger("eventsource_anyio.projections")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _LONGEST_RETRY = 30.0
-# Where many events come in at once, more of them make one transaction, so that writers, who share the
+# Where many events come in, more of them make one transaction, so that the writers, who share the
 # machine with it, have more of the machine.
 _MANY, _GATHER_FOR = 50, 0.01
 _SKIPPED_FOR = 1.0  # seconds after which a checkpoint that only moved over others' events is saved

@@ -103,8 +103,8 @@ CREATE TABLE IF NOT EXISTS es.migrations (
             f"""GRANT USAGE ON SCHEMA "{self.name}" TO :role;
 GRANT SELECT, INSERT ON es.events TO :role;
 GRANT SELECT, USAGE ON SEQUENCE es.positions TO :role;
-GRANT EXECUTE ON FUNCTION es.announce, es.safe_position, es.append_event, es.append_events
-    TO :role;
+GRANT EXECUTE ON FUNCTION es.announce, es.safe_position, es.read_safe, es.append_event,
+    es.append_events TO :role;
 GRANT SELECT, INSERT, UPDATE ON es.checkpoints TO :role;
 GRANT EXECUTE ON FUNCTION es.save_checkpoint TO :role;
 GRANT SELECT, INSERT, DELETE ON es.outbox TO :role;

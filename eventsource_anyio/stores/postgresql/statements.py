@@ -78,6 +78,7 @@ class Statements:
             "SELECT kind FROM found WHERE id = $1"
         )
         self.safe_position = sql("SELECT es.safe_position($1)")
+        self.read_safe = sql(f"SELECT {_COLUMNS} FROM es.read_safe($1, $2, $3, $4)")  # noqa: S608
         self.checkpoint = sql("SELECT position FROM es.checkpoints WHERE name = $1")
         self.save_checkpoint = sql("SELECT saved, actual FROM es.save_checkpoint($1, $2, $3)")
         self.add_messages = sql(

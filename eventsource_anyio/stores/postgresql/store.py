@@ -34,9 +34,10 @@ from .dsn import parse_dsn
 from .failures import storage_error
 from .group_commit import UNIQUE, Lane
 from .migrating import check, migrate
+from .paging import read_page
 from .pool import Pool
 from .schema import Schema
-from .statements import APPENDED, LARGEST, Statements, appended, by_id, decode_rows
+from .statements import APPENDED, Statements, appended, by_id
 from .tail import Tail
 from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit, savepoint
 from .writing import outcome, write_at_once, write_steps
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 _LANES = 2
 _PAUSE = 0.01
 _TRIES = 5
-_SEARCHED_AT_MOST = 50_000
 
 
 @frozen
@@ -357,46 +357,9 @@ class PostgreSQLEventStore(EventStore):
     async def _read(self, request: PageRequest) -> Page:
         state = self._ready()
         try:
-            if request.stream is not None:
-                return await self._stream_page(state, request)
-            return await self._page(state, request)
+            return await read_page(state.pool, state.tail, state.statements, request)
         except DriverError as error:
             raise storage_error(error) from error
-
-    async def _stream_page(self, state: _Opened, request: PageRequest) -> Page:
-        low, high = _bounds(request)
-        # One more says whether there are more, or a full page would cost a look for another one.
-        statement, values = state.statements.page(request, low, high, request.limit + 1)
-        rows = await state.pool.fetch(statement, *values)
-        if len(rows) <= request.limit:
-            return Page(decode_rows(rows), 0, at_end=True)
-        return Page(decode_rows(rows[: request.limit]), rows[-1][1], at_end=False)
-
-    async def _page(self, state: _Opened, request: PageRequest) -> Page:
-        low, high = _bounds(request)
-        safe = state.signal.position
-        # What is known to be safe stays so: the server is asked only for what may be beyond.
-        asked = low > safe or (request.backwards and high > safe)
-        if asked:
-            safe = await state.tail.safe_position()
-        known, high = high <= safe, min(high, safe)
-        # Slices have no index: one statement for few of them might search the whole store.
-        bounded = request.slices is not None and high - low >= _SEARCHED_AT_MOST
-        if bounded and request.backwards:
-            low = high - _SEARCHED_AT_MOST + 1
-        elif bounded:
-            high = low + _SEARCHED_AT_MOST - 1
-        rows: Sequence[Row] = []
-        if low <= high:
-            statement, values = state.statements.page(request, low, high, request.limit)
-            rows = await state.pool.fetch(statement, *values)
-        if len(rows) == request.limit:
-            resume = rows[-1][0] + (-1 if request.backwards else 1)
-            return Page(decode_rows(rows), resume, at_end=False)
-        if request.backwards:
-            return Page(decode_rows(rows), low - 1, at_end=not bounded)
-        at_end = (asked or known) and not bounded
-        return Page(decode_rows(rows), max(low, high + 1), at_end)
 
     async def _wait(self, after: int) -> None:
         await self._ready().tail.wait(after)
@@ -428,13 +391,6 @@ class PostgreSQLEventStore(EventStore):
         statement = self._opened().statements.documents_after
         rows = await self._fetch(statement, collection, after, limit)
         return [decode_document(collection, *row) for row in rows]
-
-
-def _bounds(request: PageRequest) -> tuple[int, int]:
-    low, high = request.start, request.stop
-    if request.backwards:
-        low, high = high, low
-    return min(low or 0, LARGEST), LARGEST if high is None else min(high, LARGEST)
 
 
 def _new_guest() -> Guest:

@@ -12,13 +12,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from time import monotonic
 
 import anyio
 
 from ..signal import AppendSignal
-from .driver import Connection, Driver, DriverError
+from .driver import Connection, Driver, DriverError, Row
 from .pool import Pool
 from .statements import Statements
 
@@ -54,12 +55,25 @@ class Tail:
         self._hinted = -inf
         self._closed = False
 
+    @property
+    def position(self) -> int:
+        """What is known to be safe."""
+        return self._signal.position
+
     async def safe_position(self) -> int:
         """What is safe now, asked of the server."""
         return await self._ask(self._pool)
 
+    async def read(self, low: int, high: int, limit: int) -> tuple[int, Sequence[Row]]:
+        """The same, and events up to there, in one round trip."""
+        known = self._signal.position
+        safe, *rows = await self._pool.fetch(self._statements.read_safe, known, low, high, limit)
+        self._found(safe[0], known)
+        return safe[0], rows
+
     async def wait(self, after: int) -> None:
-        """Return when a position beyond this one may be safe, or the server cannot be asked."""
+        """Return when a position beyond this one may be safe, or the server cannot be asked: the
+        reader reads, and is told."""
         while self._signal.position <= after and not self._closed:
             if self._watched:
                 await self._signal.wait(after)
@@ -67,7 +81,7 @@ class Tail:
             self._watched = True
             try:
                 if not await self._watch():
-                    return  # the reader reads, and is told
+                    return
             finally:
                 self._watched = False
                 self._signal.wake()  # somebody else has to watch
@@ -103,13 +117,14 @@ class Tail:
             await listening.close()
 
     async def _watch(self) -> bool:
-        """Wait for a hint or a while, and look; false if the server could not be asked."""
+        """Wait for a hint, or look after a while; false if the server is to be read, or is gone."""
         before = self._listening
         listening = await self._listen()
         idle = monotonic() - self._stirred
         pause = _SOON if idle < _AWAKE else min(idle, self._poll_every)
         if listening is not before:
             pause = 0.0  # what came before it listened has to be looked for
+        stirred = self._stirred
         with anyio.move_on_after(pause) as self._watching:
             if listening is None:
                 await anyio.sleep_forever()
@@ -119,6 +134,8 @@ class Tail:
         self._watching = None
         if self._closed:
             return True
+        if self._stirred != stirred:
+            return False  # whoever reads asks the server in the same round trip
         try:
             await self._ask(listening or self._pool)
         except DriverError:
@@ -129,10 +146,13 @@ class Tail:
     async def _ask(self, connection: Connection | Pool) -> int:
         known = self._signal.position
         ((position,),) = await connection.fetch(self._statements.safe_position, known)
-        if position > known:
-            self._stirred = monotonic()
-            self._signal.advance(position)
+        self._found(position, known)
         return self._signal.position
+
+    def _found(self, position: int, known: int) -> None:
+        if position > known:
+            self._signal.advance(position)
+            self.look()  # whoever watches waits for more than that
 
     async def _listen(self) -> Connection | None:
         """The connection that listens; None as long as there cannot be one."""

@@ -53,6 +53,20 @@ BEGIN
 END
 $$;
 
+-- How far it is safe, as the position of a first row that holds nothing else, and then at most `most`
+-- events up to there, from `low` to `high`: each statement here sees what the one before relied on.
+CREATE OR REPLACE FUNCTION es.read_safe(known bigint, low bigint, high bigint, most bigint)
+RETURNS SETOF es.events LANGUAGE plpgsql AS $$
+DECLARE
+    safe es.events;
+BEGIN
+    safe.position := es.safe_position(known);
+    RETURN NEXT safe;
+    RETURN QUERY SELECT e.* FROM es.events e
+        WHERE e.position BETWEEN low AND least(high, safe.position) ORDER BY e.position LIMIT most;
+END
+$$;
+
 -- Appends one event. The statuses of an append, here and below:
 --   0 appended, 1 some of its event ids are stored already, 2 the stream is at another version,
 --   3 another transaction is appending to the stream (ask again; `append_events` can wait).
