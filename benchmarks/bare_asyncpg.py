@@ -6,9 +6,11 @@
   msgspec, in the task that wants the row stored.
 - The limit is `INSERT`: one statement that asyncpg has prepared before, a transaction of its own,
   with `unnest` where an append is of several events. Nothing is checked, and nothing is answered.
-- Two more are told. `append_event` is our store's function, a transaction a row, so that what is
+- Three more are told. `append_event` is our store's function, a transaction a row, so that what is
   left between it and the store is the grouping of appends. `checked transaction` is what one writes
-  who needs the version checked: BEGIN, the stream's version, INSERT, COMMIT.
+  who needs the version checked: BEGIN, the stream's version, INSERT, COMMIT. `gathered` is grouping
+  and nothing else, the most that any store could reach on the machine: rows that wait are inserted
+  together, as many at a time as our store does, and again nothing is checked, answered or ordered.
 """
 
 from __future__ import annotations
@@ -61,10 +63,20 @@ FROM unnest($3::bigint[], $4::uuid[], $5::int[], $6::text[], $7::text[])
     AS row(version, event_id, schema_version, event_type, payload)
 """
 
+_INSERT_ROWS = """
+INSERT INTO bare.events (version, recorded_at, occurred_at, event_id, schema_version, event_type,
+    aggregate_type, aggregate_id, metadata, payload)
+SELECT version, clock_timestamp(), NULL, event_id, 1, $1, $2, aggregate_id, NULL, payload
+FROM unnest($3::text[], $4::bigint[], $5::uuid[], $6::text[])
+    AS row(aggregate_id, version, event_id, payload)
+"""
+
 Row: TypeAlias = tuple[object, ...]
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Placed).decode
 _PAGE = 1000
+_GATHERED_AT_MOST = 128
+_LANES = 2
 
 
 def _row(stream: str, version: int) -> Row:
@@ -133,6 +145,8 @@ WAYS: Mapping[str, Callable[[Any, Row], Awaitable[None]]] = {
 async def appends(
     dsn: str, tasks: int, events: int, contended: bool, seconds: float, way: str = "INSERT"
 ) -> Found:
+    if way == "gathered":
+        return await _gathered(dsn, tasks, seconds)
     if tasks == 1:
         return await _one_by_one(dsn, events, seconds, way)
     return await _queue(dsn, tasks, events, contended, seconds, way)
@@ -197,6 +211,60 @@ async def _queue(
             ended = perf_counter()
             servers.cancel_scope.cancel()
         return per_second(done, ended - begun)
+
+
+async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
+    """Each connection inserts what has come together while it was busy."""
+    loop = asyncio.get_running_loop()
+    connections: list[Any] = [await asyncpg.connect(dsn) for _ in range(_LANES)]
+    waiting: list[list[tuple[Row, asyncio.Future[None]]]] = [[] for _ in connections]
+    something = [asyncio.Event() for _ in connections]
+
+    async def serve(connection: Any, mine: list[Any], come: asyncio.Event) -> None:
+        while True:
+            await come.wait()
+            come.clear()
+            while mine:
+                together = mine[:_GATHERED_AT_MOST]
+                del mine[:_GATHERED_AT_MOST]
+                versions, _, ids, _, kinds, types, streams, _, payloads = zip(
+                    *(row for row, _ in together), strict=True
+                )
+                await connection.fetch(
+                    _INSERT_ROWS, kinds[0], types[0], streams, versions, ids, payloads
+                )
+                for _, stored in together:
+                    stored.set_result(None)
+                await asyncio.sleep(0)  # whoever was woken now comes along
+
+    done = 0
+
+    async def append(number: int) -> None:
+        nonlocal done
+        lane = number % _LANES
+        for version in count(1):
+            stored: asyncio.Future[None] = loop.create_future()
+            waiting[lane].append((_row(f"order-{number}", version), stored))
+            something[lane].set()
+            await stored
+            done += 1
+            if perf_counter() >= begun + seconds:
+                return
+
+    try:
+        async with anyio.create_task_group() as servers:
+            for connection, mine, come in zip(connections, waiting, something, strict=True):
+                servers.start_soon(serve, connection, mine, come)
+            begun = perf_counter()
+            async with anyio.create_task_group() as group:
+                for number in range(tasks):
+                    group.start_soon(append, number)
+            ended = perf_counter()
+            servers.cancel_scope.cancel()
+        return per_second(done, ended - begun)
+    finally:
+        for connection in connections:
+            await connection.close()
 
 
 async def loads(dsn: str, schema: str, size: int, seconds: float) -> Found:

@@ -8,15 +8,18 @@ from functools import partial
 from time import perf_counter
 from uuid import uuid4
 
+import anyio
+
 from eventsource_anyio import InMemoryEventStore, StoredEvent
 
 from . import work
 from .events import STEPS, Counter
 from .plan import Plan
-from .suite import NAME, Found, Piece, Suite, on, ours, per_second
+from .suite import NAME, Found, Piece, Suite, anyios, on, ours, per_second
 
 STORE = "memory"
 _FOLDED = 50_000
+_WAITING = 128
 
 
 def fold() -> Found:
@@ -33,6 +36,36 @@ def fold() -> Found:
     if counter.total != sum(range(_FOLDED)):
         raise AssertionError("the fold is wrong")
     return per_second(_FOLDED, seconds)
+
+
+async def wake_ups(seconds: float) -> Found:
+    """Tasks that wait for an event of anyio's, and wait for the next one as soon as it was set.
+
+    What each append among many costs on an event loop, whatever the store does.
+    """
+    woken = 0
+    ended = False
+    event, back = anyio.Event(), anyio.Event()
+
+    async def wait() -> None:
+        nonlocal woken
+        while not ended:
+            await event.wait()
+            woken += 1
+            if woken % _WAITING == 0:
+                back.set()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(_WAITING):
+            tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        begun = perf_counter()
+        while not ended:
+            ended = perf_counter() > begun + seconds
+            before, event, back = event, anyio.Event(), anyio.Event()
+            before.set()
+            await back.wait()
+    return {"µs": (perf_counter() - begun) / woken * 1e6}
 
 
 def _opened(loop: str, run: Callable[..., Awaitable[Found]], *how: object) -> Found:
@@ -85,3 +118,6 @@ def add(suite: Suite, plan: Plan) -> None:
             followed = partial(_opened, loop, work.followed, tasks, events, contended, seconds)
             suite.add(Piece("append, with a subscriber", STORE, case, ours(loop)), followed)
     suite.add(Piece("fold", STORE, "8 event types", NAME), fold)
+    for loop in plan.loops:
+        piece = Piece("wake-up of a task", STORE, f"{_WAITING} that wait", anyios(loop))
+        suite.add(piece, partial(on, loop, wake_ups, seconds))

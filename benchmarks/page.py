@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from .claims import claims
 from .report import factor, missed, number
 from .results import BARE, COUNTED, PEERS, Figure, Results, times
-from .suite import LOOPS, NAME, ours
+from .suite import LOOPS, NAME, anyios, ours
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "append": ("append", "append, with a projection"),
@@ -22,7 +22,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "latency": ("append to subscriber",),
     "fan-out": ("fan-out",),
     "brokers": ("relay", "publish", "publish to handler"),
-    "costs": ("memory of an append", "memory of a long stream", "import", "installation"),
+    "costs": (
+        *("memory of an append", "memory of a long stream", "wake-up of a task", "import"),
+        "installation",
+    ),
     "large": ("append at 0 events", "append at 5 M events"),
 }
 """What each section of the page is about: kinds of work."""
@@ -102,7 +105,8 @@ def _heading(figures: Sequence[Figure]) -> str:
 
 def _by_case(results: Results, figures: Sequence[Figure]) -> str:
     """A row a case: medians, and in brackets how many times better they are than the limit."""
-    wanted = [NAME, *map(ours, LOOPS), *(s for p in PEERS for s in (p, f"{p}, snapshot"))]
+    wanted = [*map(anyios, LOOPS), NAME, *map(ours, LOOPS)]
+    wanted += (s for p in PEERS for s in (p, f"{p}, snapshot"))
     there = {figure.piece.subject for figure in figures}
     bare = sorted(s for s in there if s.startswith(BARE) and "uvloop" not in s)
     subjects = [*bare, *(s for s in wanted if s in there)]

@@ -28,8 +28,9 @@ PLACES = {"two processes": latency.two_processes, "one process": latency.one_pro
 TOLD: Mapping[str, str] = {
     "append_event": "asyncpg, our append function",
     "checked transaction": "asyncpg, BEGIN, version, INSERT, COMMIT",
+    "gathered": "asyncpg, rows gathered, nothing checked",
 }
-"""What is told beside the limit: with the version checked, which an INSERT does not."""
+"""What is told beside the limit: what a check costs, and how far grouping can go."""
 AGAIN: Mapping[str, tuple[str, ...]] = {
     "eventsource-py": ("TRUNCATE totals, projection_checkpoints",),
     "eventsourcing": ("TRUNCATE totals", "DROP TABLE IF EXISTS totals_tracking"),
@@ -79,7 +80,8 @@ class _Pieces:
                 self._bare("append", case, f"bare asyncpg, {loop}", loop, bare)
             plain = events == 1 and not contended
             for way, name in TOLD.items() if plain and self.plan.others else ():
-                self._bare("append", case, name, "asyncio", partial(bare, way=way))
+                if tasks > 1 or way != "gathered":
+                    self._bare("append", case, name, "asyncio", partial(bare, way=way))
             our = partial(
                 work.appends,
                 tasks=tasks,

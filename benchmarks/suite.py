@@ -55,6 +55,10 @@ def ours(loop: str, driver: str = "") -> str:
     return ", ".join(filter(None, (NAME, loop, driver)))
 
 
+def anyios(loop: str) -> str:
+    return f"anyio, {loop}"
+
+
 def per_second(events: int, seconds: float) -> Found:
     return {"events/s": events / seconds}
 
