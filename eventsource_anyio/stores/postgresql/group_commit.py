@@ -22,7 +22,7 @@ from typing import TypeAlias
 from uuid import UUID
 
 import anyio
-from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint
 
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
@@ -303,9 +303,7 @@ class Lane:
                 await batch.granted.wait()
 
     async def _lead(self, batch: _Batch, leader: _Job) -> None:
-        if self._alone:
-            await checkpoint_if_cancelled()
-        elif not batch.full:
+        if not (self._alone or batch.full):
             await checkpoint()  # whoever was woken with this caller comes along
         try:
             connection = await self._pool.acquire()
