@@ -195,17 +195,20 @@ def encode_append(
     context_json = encode_metadata(context)
     encoded: list[EncodedEvent] = []
     for given in events:
+        own_json, occurred_at = context_json, None
         if isinstance(given, NewEvent):
-            event, event_id, occurred_at = given.event, given.event_id, given.occurred_at
-            own = merge_metadata(metadata, given.metadata) if given.metadata else context
+            event, event_id = given.event, given.event_id
+            if given.metadata:
+                own_json = encode_metadata(merge_metadata(metadata, given.metadata))
+            if given.occurred_at is not None:
+                occurred_at = given.occurred_at.astimezone(UTC)
         else:
-            event, event_id, occurred_at, own = given, uuid7(), None, context
+            event, event_id = given, uuid7()
         kind = registered(type(event))
         try:
             payload = kind.codec.encode(event)
         except PayloadError as error:
             raise EventEncodeError(kind.name, error.path, error.reason) from error
-        own_json = context_json if own is context else encode_metadata(own)
         encoded.append(
             EncodedEvent(
                 event,
@@ -215,7 +218,7 @@ def encode_append(
                 payload.decode(),
                 decode_metadata(own_json),
                 own_json,
-                occurred_at.astimezone(UTC) if occurred_at else None,
+                occurred_at,
             )
         )
     if not encoded:
