@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from eventsource_anyio import ANY, PostgreSQLEventStore, ReadOptions
-from eventsource_anyio.stores.postgresql import store as store_module
+from eventsource_anyio.stores.postgresql import paging
 from eventsource_anyio.stores.reading import PageRequest
 from eventsource_anyio.testing import EventStoreContract
 from eventsource_anyio.testing.samples import Happened
@@ -32,7 +32,7 @@ class TestLibpq(EventStoreContract):
 async def test_slices_are_searched_for_in_bounded_steps(
     postgresql_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_SEARCHED_AT_MOST", 5)
+    monkeypatch.setattr(paging, "_SEARCHED_AT_MOST", 5)
     store = PostgreSQLEventStore(postgresql_dsn)
     await store.migrate()
     async with store:
