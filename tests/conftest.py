@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+from eventsource_anyio.testing.postgresql import memory
+
 if TYPE_CHECKING:
     from eventsource_anyio.testing.postgresql import PostgreSQLDatabases
 
@@ -44,17 +46,29 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
             parser.addoption(name, help="of pytest-xdist, which is not there: has no effect")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files of tests are in memory if there is room, as those of throw-away servers are.
+
+    None of them has to outlast the machine, and a disk that is busy is waited for at each commit.
+    """
+    config.addinivalue_line("markers", "not_on_uvloop: is run on asyncio and on Trio")
+    if directory := memory():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", directory)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the async tests of the event loops that were not chosen."""
-    if not (chosen := config.getoption("--loop")):
-        return
+    chosen = config.getoption("--loop") or [*LOOPS]
     others = [*LOOPS.keys() - set(chosen)]  # a list, since a test may name its loop by a dict
     deselected = [
         item
         for item in items
         if isinstance(item, pytest.Function)
         and hasattr(item, "callspec")
-        and item.callspec.params.get("anyio_backend") in others
+        and (
+            (loop := item.callspec.params.get("anyio_backend")) in others
+            or (loop == "uvloop" and item.get_closest_marker("not_on_uvloop"))
+        )
     ]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
@@ -99,3 +113,11 @@ def migrated_dsn(postgresql_server: PostgreSQLDatabases, migrated_template: str)
 def saved_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a projection has passed over is saved, for others to see, at once, not each second."""
     monkeypatch.setattr("eventsource_anyio.projections.running._SKIPPED_FOR", 0.02)
+
+
+@pytest.fixture
+def again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was away is tried again almost at once: the pauses that double begin with less."""
+    for where in ("projections.running._FIRST_PAUSE", "relay.delivering._FIRST_PAUSE"):
+        monkeypatch.setattr(f"eventsource_anyio.{where}", 0.002)
+    monkeypatch.setattr("eventsource_anyio.stores.postgresql.tail._FIRST_RETRY", 0.005)

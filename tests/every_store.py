@@ -13,6 +13,9 @@ import pytest
 from eventsource_anyio import EventStore, InMemoryEventStore, PostgreSQLEventStore, SQLiteEventStore
 
 STORES = ["in memory", "SQLite", "PostgreSQL"]
+# psycopg waits for its socket by anyio alone, and so uvloop is to it what asyncio is: that it
+# works there show the contracts of drivers and of stores.
+DRIVERS = ["asyncpg", pytest.param("psycopg", marks=pytest.mark.not_on_uvloop)]
 
 
 @pytest.fixture(params=STORES, name="which")

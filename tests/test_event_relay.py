@@ -25,6 +25,8 @@ from tests.read_models import append, number_of, running, until
 
 __all__ = ["make_store", "open_elsewhere", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("again_soon")
+
 
 async def nothing(event: StoredEvent) -> None:
     pass

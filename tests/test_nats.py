@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from eventsource_anyio import StorageError
+from eventsource_anyio.bus import nats_connection
 from eventsource_anyio.bus.broker import EntryConflictError, Message
 from eventsource_anyio.bus.nats import NATSEventBus
 from eventsource_anyio.bus.nats_broker import NATSBroker
@@ -66,7 +67,7 @@ async def say(broker: NATSBroker, subject: str, payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("settings", [PERMISSIONS], indirect=True)
-async def test_users_and_what_they_need(server, event_store):
+async def test_users_and_what_they_need(server, event_store, monkeypatch):
     address = server.url.removeprefix("nats://")
     for account in ("admin:s3cr%3At%2F%40", "shop:shop"):
         url = f"nats://{account}@{address}"
@@ -83,9 +84,11 @@ async def test_users_and_what_they_need(server, event_store):
             async with NATSEventBus(f"nats://{account}{address}"):
                 pass
         assert "wrong" not in str(caught.value)
-    with pytest.raises(StorageError, match="does not answer"):
-        async with NATSEventBus(f"nats://other:other@{address}"):
-            pass
+    with monkeypatch.context() as impatient:
+        impatient.setattr(nats_connection, "_ANSWER", 0.5)
+        with pytest.raises(StorageError, match="does not answer"):
+            async with NATSEventBus(f"nats://other:other@{address}"):
+                pass
     options = {"user": "shop", "password": "shop"}
     async with NATSEventBus(server.url, name="shop", options=options) as bus:
         await bus.publish(await stored(event_store, 1))

@@ -29,6 +29,8 @@ from tests.receiving import NEVER, PATIENCE, Receiver, add, message, pending, ru
 
 __all__ = ["make_store", "open_elsewhere", "open_store", "which_store"]
 
+pytestmark = pytest.mark.usefixtures("again_soon")
+
 
 class Poison:
     """Fails at some payloads, as long as they are in it."""

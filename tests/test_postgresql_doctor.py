@@ -42,6 +42,7 @@ from eventsource_anyio.testing.postgresql import (
     postgresql_binaries,
 )
 from eventsource_anyio.testing.samples import Happened, append_numbers, numbers
+from tests.every_store import DRIVERS
 
 FOUND = postgresql_binaries()
 DEBIAN = "/usr/sbin"
@@ -136,7 +137,7 @@ def site(strict: PostgreSQLDatabases) -> Iterator[Site]:
 # -- all is well --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("driver", DRIVERS)
 async def test_where_all_is_well_it_says_so_and_changes_nothing(site, driver):
     store = PostgreSQLEventStore(site.login, driver=driver)
     async with store:
@@ -731,6 +732,12 @@ by_session = pooler("session")
 by_turns = pooler("transaction", 1)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notification that does not come is not waited for as long."""
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.7)
+
+
 @pytest.fixture
 async def migrated(postgresql_dsn: str, anyio_backend: object) -> str:
     """The name of a database with a store in it."""
@@ -744,11 +751,8 @@ def engine_by(pooler: PostgreSQLDatabases, database: str) -> AsyncEngine:
     return create_async_engine(dsn, connect_args={"statement_cache_size": 0})
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_the_doctor_finds_a_pooler_by_transaction(
-    by_transaction, migrated, driver, monkeypatch
-):
-    monkeypatch.setattr(doctor, "_PATIENCE", 0.7)  # for a notification that does not come
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_the_doctor_finds_a_pooler_by_transaction(by_transaction, migrated, driver):
     dsn = by_transaction.dsn(migrated)
     store = PostgreSQLEventStore(dsn, poll_every=0.25, driver=driver)
     for _ in range(2):  # the second time there are statements with its names
@@ -763,9 +767,8 @@ async def test_the_doctor_finds_a_pooler_by_transaction(
 
 @one_loop
 async def test_the_doctor_sees_through_a_pooler_what_it_sees_without(
-    postgresql_dsn, by_transaction, migrated, monkeypatch
+    postgresql_dsn, by_transaction, migrated
 ):
-    monkeypatch.setattr(doctor, "_PATIENCE", 0.7)
     straight = await PostgreSQLEventStore(postgresql_dsn).doctor()
     for _ in range(3):
         through = await PostgreSQLEventStore(by_transaction.dsn(migrated)).doctor()

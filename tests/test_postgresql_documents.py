@@ -18,11 +18,12 @@ from eventsource_anyio.errors import DocumentConflictError
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.documents import document, values
 from eventsource_anyio.testing.samples import Ended
+from tests.every_store import DRIVERS
 
 CALL = "SELECT conflict, actual FROM eventsource.write_documents(%s, %s, %s, %s, %s, %s)"
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture(params=DRIVERS)
 async def store(
     migrated_dsn: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[PostgreSQLEventStore]:

@@ -32,6 +32,7 @@ from eventsource_anyio import (
 from eventsource_anyio.stores.postgresql import PostgreSQLEventStore, group_commit
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.samples import Ended, Happened, numbers
+from tests.every_store import DRIVERS
 
 ASYNCIO_LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
 LANES = 2
@@ -146,7 +147,7 @@ def held(database: Database, stream: str) -> Iterator[psycopg.Connection]:
         session.rollback()
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture(params=DRIVERS)
 def database(request: pytest.FixtureRequest, migrated_dsn: str) -> Iterator[Database]:
     dsn = migrated_dsn
     # asyncpg, cancelled natively while it talks about TLS, complains to asyncio's loop.

@@ -248,11 +248,11 @@ def test_nobody_gets_a_copy_of_binaries_that_only_root_can_reach(tmp_path):
 def test_memory_is_used_where_there_is_room(tmp_path, monkeypatch):
     monkeypatch.setattr(postgresql, "_MEMORY", str(tmp_path))
     monkeypatch.setattr(postgresql, "_ROOM", 0)
-    assert postgresql._in_memory() == str(tmp_path)
+    assert postgresql.memory() == str(tmp_path)
     monkeypatch.setattr(postgresql, "_ROOM", 1 << 62)
-    assert postgresql._in_memory() is None
+    assert postgresql.memory() is None
     monkeypatch.setattr(postgresql, "_MEMORY", str(tmp_path / "none"))
-    assert postgresql._in_memory() is None
+    assert postgresql.memory() is None
 
 
 # -- databases --------------------------------------------------------------------------------

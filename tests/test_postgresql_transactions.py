@@ -41,6 +41,7 @@ from eventsource_anyio.testing.postgresql import (
     postgresql_binaries,
 )
 from eventsource_anyio.testing.samples import Ended, Happened, append_numbers
+from tests.every_store import DRIVERS
 
 CONNECTIONS = 5  # what a store has by default
 APPEND = (
@@ -88,6 +89,9 @@ class Database:
     def ask(self, statement: str, *values: object) -> Any:
         row = self._session.execute(statement.encode(), values).fetchone()
         return row and row[0]
+
+    def run(self, script: str) -> None:
+        self._session.execute(script.encode())
 
     def found(self, name: str) -> tuple[int, ...]:
         """How much of what `write` writes is there: authors, books, events and the others."""
@@ -183,7 +187,7 @@ def database(postgresql_server: PostgreSQLDatabases, template: str) -> Iterator[
     postgresql_server.drop_database(dsn)
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture(params=DRIVERS)
 async def store(
     request: pytest.FixtureRequest, database: Database
 ) -> AsyncIterator[PostgreSQLEventStore]:
@@ -488,7 +492,7 @@ async def test_a_cancelled_transaction_of_steps_is_whole_or_not_there(
     await assert_usable(store, database)
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("driver", DRIVERS)
 async def test_deadlines_in_transactions_leave_nothing_behind(
     database: Database, driver: Literal["asyncpg", "psycopg"]
 ):
@@ -961,6 +965,8 @@ async def test_transactions_that_wait_for_each_other_end(
     store: PostgreSQLEventStore, database: Database, begin: Begin
 ):
     """One of them is given up by the server, and says so; the other goes on."""
+    name = database.ask("SELECT current_database()")
+    database.run(f"ALTER DATABASE {name} SET deadlock_timeout = '50ms'")
     outcomes: list[str] = []
     first_is_done = anyio.Event()
 

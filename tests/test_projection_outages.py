@@ -43,6 +43,8 @@ from tests.test_postgresql_failures import (
 
 __all__ = ["database", "driver", "network", "server", "store", "template"]
 
+pytestmark = pytest.mark.usefixtures("again_soon")
+
 # So few that an outage which counts as a failure of the handler stops the projection.
 SETTINGS = {"attempts": 2, "retry_after": 0.001, "batch_size": 20}
 

@@ -27,6 +27,8 @@ from tests.test_postgresql_failures import (
 
 __all__ = ["database", "driver", "network", "server", "store", "template"]
 
+pytestmark = pytest.mark.usefixtures("again_soon")
+
 KEYS = "abcdefg"
 
 

@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from eventsource_anyio import StorageError, StoreClosedError
+from eventsource_anyio.bus import nats_work_queue, redis_work_queue
 from eventsource_anyio.bus.nats_connection import Answer
 from eventsource_anyio.bus.nats_work_queue import NATSWorkQueue
 from eventsource_anyio.bus.redis_work_queue import RedisWorkQueue
@@ -33,6 +34,13 @@ def queues(url: str) -> MakeQueue:
         return queue
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker looks more often than once a second for jobs that were given back."""
+    for queue in (nats_work_queue, redis_work_queue):
+        monkeypatch.setattr(queue, "_WAIT", 0.1)
 
 
 @pytest.fixture(params=sorted(QUEUES))

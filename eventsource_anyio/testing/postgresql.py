@@ -177,7 +177,7 @@ class PostgreSQLServer(PostgreSQLDatabases):
     ) -> None:
         super().__init__("")
         self._binaries = (Path(binaries) / "postgres").resolve().parent
-        self._parent = None if durable else _in_memory()
+        self._parent = None if durable else memory()
         self._settings = {**({} if durable else _NOT_DURABLE), **settings}
         self._process: subprocess.Popen[Any] | None = None
         self._watch: subprocess.Popen[Any]
@@ -291,8 +291,11 @@ class PostgreSQLServer(PostgreSQLDatabases):
             os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
 
 
-def _in_memory() -> str | None:
-    """A directory where nobody waits: ext4 is slow in making files after it deleted many."""
+def memory() -> str | None:
+    """A directory in memory, where nobody waits for a disk, if there is room.
+
+    ext4 is slow in making files after it deleted many.
+    """
     with suppress(OSError):
         there = os.statvfs(_MEMORY)
         fits = there.f_bavail * there.f_frsize >= _ROOM and not there.f_flag & os.ST_NOEXEC
