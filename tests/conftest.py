@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from eventsource_anyio.testing.postgresql import memory
+from eventsource_anyio.testing.local_server import memory
 
 if TYPE_CHECKING:
     from eventsource_anyio.testing.postgresql import PostgreSQLDatabases

@@ -44,7 +44,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[NATSServer | RedisServer]
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with kind(binary, durable=True) as server:
+    with kind(binary) as server:
         yield server
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from eventsource_anyio.testing import postgresql
+from eventsource_anyio.testing import local_server, postgresql
 from eventsource_anyio.testing.postgresql import (
     PostgreSQLDatabases,
     PostgreSQLServer,
@@ -246,13 +246,13 @@ def test_nobody_gets_a_copy_of_binaries_that_only_root_can_reach(tmp_path):
 
 
 def test_memory_is_used_where_there_is_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(postgresql, "_MEMORY", str(tmp_path))
-    monkeypatch.setattr(postgresql, "_ROOM", 0)
-    assert postgresql.memory() == str(tmp_path)
-    monkeypatch.setattr(postgresql, "_ROOM", 1 << 62)
-    assert postgresql.memory() is None
-    monkeypatch.setattr(postgresql, "_MEMORY", str(tmp_path / "none"))
-    assert postgresql.memory() is None
+    monkeypatch.setattr(local_server, "_MEMORY", str(tmp_path))
+    monkeypatch.setattr(local_server, "_ROOM", 0)
+    assert local_server.memory() == str(tmp_path)
+    monkeypatch.setattr(local_server, "_ROOM", 1 << 62)
+    assert local_server.memory() is None
+    monkeypatch.setattr(local_server, "_MEMORY", str(tmp_path / "none"))
+    assert local_server.memory() is None
 
 
 # -- databases --------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ def make_queue(request: pytest.FixtureRequest) -> MakeQueue:
 def own_server(request: pytest.FixtureRequest) -> Iterator[NATSServer | RedisServer]:
     server: NATSServer | RedisServer
     if request.param == "nats" and (binary := nats_binary()):
-        server = NATSServer(binary, durable=True)
+        server = NATSServer(binary)
     elif request.param == "redis" and (binary := redis_binary()):
-        server = RedisServer(binary, durable=True)
+        server = RedisServer(binary)
     else:
         pytest.skip(f"no {request.param}-server, to be killed")
     with server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import signal
@@ -14,25 +15,39 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+_MEMORY, _ROOM = "/dev/shm", 4 << 30  # used if that many bytes are free there
 _PORTS = range(10_000, 32_000)  # below those that outgoing connections are given
 _LONGEST = 30.0  # seconds that a server may take to start or to stop
 _WATCH = 'read _ && exit; kill -KILL "$0"; sleep 1; rm -rf "$1"'
+
+
+def memory() -> str | None:
+    """A directory in memory, where nobody waits for a disk, if there is room.
+
+    ext4 is slow in making files after it deleted many.
+    """
+    with suppress(OSError):
+        there = os.statvfs(_MEMORY)
+        fits = there.f_bavail * there.f_frsize >= _ROOM and not there.f_flag & os.ST_NOEXEC
+        return _MEMORY if fits and os.access(_MEMORY, os.W_OK) else None
+    return None
 
 
 class LocalServer(ABC):
     """A new server from its binary, there for as long as it is entered; POSIX only.
 
     It listens on 127.0.0.1, at a port that it keeps, and does not outlive the process that started
-    it.
+    it. One that is not `durable` is in memory if there is room.
     """
 
     scheme: ClassVar[str]
     ready: ClassVar[str]
     """What is in its log once it listens: at a port of its own, not of another server."""
 
-    def __init__(self, binary: Path | str) -> None:
+    def __init__(self, binary: Path | str, *, durable: bool) -> None:
         self.url = ""
         self._binary = Path(binary).absolute()
+        self._parent = None if durable else memory()
         self._stack = ExitStack()
         self._process: subprocess.Popen[Any] | None = None
         self._watch: subprocess.Popen[Any]
@@ -47,7 +62,7 @@ class LocalServer(ABC):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.directory = Path(tempfile.mkdtemp(prefix="eventsource_"))
+            self.directory = Path(tempfile.mkdtemp(prefix="eventsource_", dir=self._parent))
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             stack.callback(self._end, signal.SIGKILL)
             while self._process is None:

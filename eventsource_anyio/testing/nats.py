@@ -92,7 +92,7 @@ class NATSServer(LocalServer, NATSAccount):
 
     def __init__(self, binary: Path | str, *, durable: bool = False, settings: str = "") -> None:
         NATSAccount.__init__(self, "")
-        LocalServer.__init__(self, binary)
+        LocalServer.__init__(self, binary, durable=durable)
         self._settings = settings
         self._sync = "always" if durable else "2m"
 

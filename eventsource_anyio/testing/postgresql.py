@@ -24,6 +24,8 @@ from urllib.parse import quote
 
 from anyio.from_thread import start_blocking_portal
 
+from .local_server import memory
+
 _BIN = "EVENTSOURCE_POSTGRESQL_BIN"
 _DSN = "EVENTSOURCE_POSTGRESQL_DSN"
 _INSTALLED = (  # by Debian, by postgresql.org for Red Hat, by Homebrew
@@ -31,7 +33,6 @@ _INSTALLED = (  # by Debian, by postgresql.org for Red Hat, by Homebrew
     *("/opt/homebrew/opt/postgresql@*/bin", "/usr/local/opt/postgresql@*/bin"),
 )
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-_MEMORY, _ROOM = "/dev/shm", 4 << 30  # used if that many bytes are free there
 _PORTS = range(10_000, 32_000)  # below those that outgoing connections are given
 _LONGEST = 60.0  # seconds that a server may take to start or to stop
 _WATCH = 'read _ && exit; kill -QUIT "$0"; for _ in 1 2 3 4; do sleep 1; rm -rf "$1" && exit; done'
@@ -289,15 +290,3 @@ class PostgreSQLServer(PostgreSQLDatabases):
             self._binaries = copied / "bin"
         for path in (self.directory, *self.directory.rglob("*")):
             os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
-
-
-def memory() -> str | None:
-    """A directory in memory, where nobody waits for a disk, if there is room.
-
-    ext4 is slow in making files after it deleted many.
-    """
-    with suppress(OSError):
-        there = os.statvfs(_MEMORY)
-        fits = there.f_bavail * there.f_frsize >= _ROOM and not there.f_flag & os.ST_NOEXEC
-        return _MEMORY if fits and os.access(_MEMORY, os.W_OK) else None
-    return None

@@ -94,7 +94,7 @@ class RedisServer(LocalServer, RedisDatabase):
         self, binary: Path | str, *, durable: bool = False, settings: tuple[str, ...] = ()
     ) -> None:
         RedisDatabase.__init__(self, "")
-        LocalServer.__init__(self, binary)
+        LocalServer.__init__(self, binary, durable=durable)
         self._settings = ("--appendfsync", "always" if durable else "no", *settings)
 
     def command(self) -> list[str]:
