@@ -128,6 +128,7 @@ def die_everywhere(run: Callable[..., object], database: str, nth: int, step: in
     """
     statements = Statements()
     statements.hook()
+    run(checkpoint)  # imports the event loop, likewise
     killed = 0
     while True:
         if not (child := os.fork()):

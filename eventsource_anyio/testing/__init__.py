@@ -5,29 +5,45 @@ and run by pytest with anyio's plugin.
 The fixtures `event_store` and `sqlite_event_store` are there wherever this package is installed.
 """
 
-import pytest
+import sys
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
-pytest.register_assert_rewrite(
-    *(f"eventsource_anyio.testing.{name}" for name in ("appending", "reading", "subscribing")),
-    *(f"eventsource_anyio.testing.{name}" for name in ("repositories", "documents", "transacting")),
-    *(
-        f"eventsource_anyio.testing.{name}"
-        for name in (
-            "document_transacting",
-            "sql_transacting",
-            "cancelling",
-            "buses",
-            "brokers",
-            "broker_failures",
-        )
-    ),
-)
+if (
+    "pytest" in sys.modules
+):  # elsewhere, as in processes that tests start, nothing is to be explained
+    sys.modules["pytest"].register_assert_rewrite(
+        *(f"{__name__}.{name}" for name in ("appending", "reading", "subscribing")),
+        *(f"{__name__}.{name}" for name in ("repositories", "documents", "transacting")),
+        *(f"{__name__}.{name}" for name in ("document_transacting", "sql_transacting")),
+        *(f"{__name__}.{name}" for name in ("cancelling", "buses", "brokers", "broker_failures")),
+    )
 
-from .buses import EventBusContract  # noqa: E402
-from .cancelling import cancel_at_every_checkpoint  # noqa: E402
-from .clock import ManualClock  # noqa: E402
-from .contract import EventStoreContract  # noqa: E402
-from .scenario import given  # noqa: E402
+if TYPE_CHECKING:
+    from .buses import EventBusContract
+    from .cancelling import cancel_at_every_checkpoint
+    from .clock import ManualClock
+    from .contract import EventStoreContract
+    from .scenario import given
+else:
+    # A process that needs one of them, or a module beside them, does not import pytest for it.
+    _LATER = {
+        "EventBusContract": ".buses",
+        "EventStoreContract": ".contract",
+        "ManualClock": ".clock",
+        "cancel_at_every_checkpoint": ".cancelling",
+        "given": ".scenario",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(_import_module(_LATER[name], __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "EventBusContract",
