@@ -43,7 +43,7 @@ from tests.test_postgresql_failures import (
 
 __all__ = ["database", "driver", "network", "server", "store", "template"]
 
-pytestmark = pytest.mark.usefixtures("again_soon")
+again_soon = pytest.mark.usefixtures("again_soon")
 
 # So few that an outage which counts as a failure of the handler stops the projection.
 SETTINGS = {"attempts": 2, "retry_after": 0.001, "batch_size": 20}
@@ -96,6 +96,7 @@ async def test_connections_that_are_killed_cost_nothing(
         await finish(coordinator, store)
 
 
+@again_soon
 async def test_a_connection_that_is_lost_in_a_handler_is_no_failure_of_its(
     store: PostgreSQLEventStore,
 ):
@@ -138,6 +139,7 @@ async def test_a_server_that_is_restarted_is_waited_for(
         await finish(coordinator, store)
 
 
+@again_soon
 async def test_an_outage_is_over_also_if_no_event_comes(
     server: PostgreSQLServer, store: PostgreSQLEventStore
 ):
@@ -154,6 +156,7 @@ async def test_an_outage_is_over_also_if_no_event_comes(
         assert coordinator.statistics()[0].error is None
 
 
+@again_soon
 async def test_it_can_be_stopped_while_the_server_is_away(
     server: PostgreSQLServer, store: PostgreSQLEventStore
 ):
@@ -247,6 +250,7 @@ async def test_what_comes_after_a_parked_event_is_handled_though_no_answer_came(
 # -- refused ----------------------------------------------------------------------------------
 
 
+@again_soon
 @pytest.mark.parametrize("on_failure", ["stop", "park"])
 async def test_what_the_server_always_refuses_is_the_event_s_fault(
     database: Database, store: PostgreSQLEventStore, on_failure: str
@@ -269,6 +273,7 @@ async def test_what_the_server_always_refuses_is_the_event_s_fault(
             assert await seen(store) == [*range(1, 31), *range(41, 61)]
 
 
+@again_soon
 async def test_a_server_that_takes_no_writes_is_nobody_s_fault(
     database: Database, store: PostgreSQLEventStore
 ):

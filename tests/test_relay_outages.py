@@ -27,8 +27,6 @@ from tests.test_postgresql_failures import (
 
 __all__ = ["database", "driver", "network", "server", "store", "template"]
 
-pytestmark = pytest.mark.usefixtures("again_soon")
-
 KEYS = "abcdefg"
 
 
@@ -113,6 +111,7 @@ async def test_a_server_that_is_restarted_is_waited_for(
         await finish(relay, receiver, writing, store)
 
 
+@pytest.mark.usefixtures("again_soon")
 async def test_it_can_be_stopped_while_the_server_is_away(
     server: PostgreSQLServer, store: PostgreSQLEventStore
 ):
