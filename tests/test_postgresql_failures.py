@@ -205,7 +205,15 @@ class Network:
 
     async def _connected(self, client: SocketStream) -> None:
         self.connected += 1
-        async with client, await anyio.connect_tcp(*self._server) as server:
+        async with client:
+            try:
+                server = await anyio.connect_tcp(*self._server)
+            except OSError:  # it is away, and who comes is turned away
+                return
+            await self._between(client, server)
+
+    async def _between(self, client: SocketStream, server: SocketStream) -> None:
+        async with server:
             ends = {client, server}
             self.connections |= ends
             try:
