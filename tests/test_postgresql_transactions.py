@@ -398,6 +398,18 @@ async def test_everything_of_a_transaction_is_rolled_back_together(
 STEPS_FAIL = [kind for kind, error in FAILURES.items() if issubclass(error, EventSourceError)]
 
 
+async def test_an_error_is_told_though_its_connection_is_gone(
+    store: PostgreSQLEventStore, database: Database
+):
+    with pytest.raises(LookupError, match="mine"):
+        async with store.transaction() as tx:
+            pid = (await tx.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            await tx.append_events("a", "Thing", [Happened(1)], NO_STREAM)
+            database.ask("SELECT pg_terminate_backend(%s, 5000)", pid)
+            raise LookupError("mine")
+    assert not await store.get_events("a", "Thing")
+
+
 @pytest.mark.parametrize("kind", [*STEPS_FAIL, "event id after one that is new"])
 async def test_steps_without_sql_are_written_all_or_none(
     store: PostgreSQLEventStore, database: Database, kind: str

@@ -99,8 +99,7 @@ class PostgreSQLTransaction(SQLTransaction):
             if exc_type is None:
                 await self._finish(session)
         finally:
-            with shielded_cleanup():
-                await self._guest.run(session.close())
+            await _close(self._guest, session)
 
     async def _finish(self, session: AsyncSession) -> None:
         await self._guest.run(session.flush())
@@ -121,6 +120,14 @@ class PostgreSQLTransaction(SQLTransaction):
             lost = DriverError("there was no answer to COMMIT in time", lost=True)
             raise storage_error(lost, unknown=True)
         self._stored(results)
+
+
+async def _close(guest: Guest, session: AsyncSession) -> None:
+    from sqlalchemy.exc import DBAPIError
+
+    # What cannot be rolled back because its connection is gone, the server rolls back.
+    with shielded_cleanup(), suppress(DBAPIError):
+        await guest.run(session.close())
 
 
 async def _commit(guest: Guest, session: AsyncSession) -> None:
