@@ -58,6 +58,18 @@ async def project(database: str, shards: str, lease: str, name: str = "worker") 
                 await coordinator.wait_for(await store.last_position() + 1)
 
 
+async def follow(database: str, driver: str, shards: str) -> None:
+    """Run the projection that others wait for, as `Filtered` of their tests has it."""
+    from tests.test_projection_waiting import Filtered, postgresql
+
+    async with postgresql(database, driver, "runner") as store:
+        coordinator = ProjectionCoordinator(store, [Filtered(shards=int(shards))])
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            say(f"started {os.getpid()}")
+            await coordinator.wait_stopped()
+
+
 class Statements:
     """Ends the process at its nth statement, if it gets that far, before it is made."""
 
@@ -154,5 +166,7 @@ if __name__ == "__main__":
     run = partial(anyio.run, backend=backend, backend_options=json.loads(options))
     if mode == "project":
         run(partial(project, database, *arguments))
+    elif mode == "follow":
+        run(partial(follow, database, *arguments))
     else:
         die_everywhere(run, database, *map(int, arguments))

@@ -665,6 +665,24 @@ class TestListening:
                 await anyio.wait_all_tasks_blocked()
                 server.run("NOTIFY channel")
 
+    async def test_what_was_said_is_heard(self, listening: Connection, server: Server) -> None:
+        said = {"", "a", "b", "Äpfel"}
+        for word in (*said, "a"):
+            server.run(f"NOTIFY channel, '{word}'")
+        heard: set[str] = set()
+        with anyio.fail_after(SECONDS):
+            while heard != said:
+                heard |= await listening.heard()
+
+    async def test_of_very_many_some_are_left_out(
+        self, listening: Connection, server: Server, driver: Driver
+    ) -> None:
+        if is_libpq(driver):
+            pytest.skip("what it has not asked for waits in libpq and in the server")
+        server.run("SELECT pg_notify('channel', n::text) FROM generate_series(1, 3000) n")
+        await listening.fetch("SELECT 1")
+        assert len(await listening.heard()) == 1000
+
     async def test_those_that_came_before_are_heard_once(
         self, listening: Connection, server: Server
     ) -> None:

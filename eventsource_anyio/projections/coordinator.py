@@ -30,6 +30,7 @@ from .rebuilding import BuildProgress, Measured, Rebuilding
 from .retrying import Retrying
 from .runner import Runner
 from .serving import Serving, ServingRepository
+from .telling import Telling
 
 _logger = logging.getLogger("eventsource_anyio.projections")
 
@@ -58,8 +59,11 @@ class ProjectionCoordinator:
         self._store = store
         self._lease = lease
         self._served: dict[str, Serving] = {}
+        self._telling = Telling(store)
         self._runners = {
-            (one.name, one.version): Runner(store, one, self._look_soon, self._served)
+            (one.name, one.version): Runner(
+                store, one, self._look_soon, self._served, self._telling
+            )
             for one in given
         }
         if len(self._runners) < len(given):
@@ -102,8 +106,9 @@ class ProjectionCoordinator:
     async def _run(self, members: Members, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as tasks:
             await self._look(members, tasks)
-            background = anyio.CancelScope()
+            background, telling = anyio.CancelScope(), anyio.CancelScope()
             tasks.start_soon(self._background, background)
+            tasks.start_soon(self._telling.run, telling)
             task_status.started()
             while not self._stopping:
                 await self._pause()
@@ -121,6 +126,7 @@ class ProjectionCoordinator:
                 if not await self._pause():  # nobody takes over what is being finished
                     with suppress(StorageError):
                         await self._say_alive(members)
+            telling.cancel()
 
     async def _pause(self) -> bool:
         """A third of the lease, or until there is something to look at: whether there is."""
@@ -177,8 +183,8 @@ class ProjectionCoordinator:
         """Return when the projections have got to a position, such as that of an own append.
 
         All of them, or the one of this name (its version that serves). Waits as long as it takes:
-        bound it by a cancel scope. Woken by what runs here; shards of other processes are looked
-        at again and again.
+        bound it by a cancel scope. Woken by what runs here, and on PostgreSQL by other processes;
+        on SQLite what they run is looked at, soon and then every 50 ms.
 
         Raises:
             ProjectionStoppedError: one has failed, or the coordinator is not running, or a version
@@ -321,6 +327,7 @@ class ProjectionCoordinator:
             self._served[name] = served
         for one in self._versions(name):
             one.changed(started_over=started_over and one is runner)
+            self._telling.moved(one.key)
 
     def _rebuilding(self, runner: Runner) -> Rebuilding:
         oldest = self._oldest(runner.projection.name)

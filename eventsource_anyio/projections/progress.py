@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Literal, TypeAlias
 
 import anyio
+from anyio.lowlevel import checkpoint
 from attrs import frozen
+
+from .wanted import Wanted
 
 State: TypeAlias = Literal["stopped", "waiting", "running", "retrying", "failed"]
 _WINDOW = 10.0
@@ -42,8 +46,10 @@ class ProjectionStatistics:
 class Progress:
     """What the shards of one projection have in common on this event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, stir: Callable[[], None] | None = None) -> None:
+        self.wanted = Wanted()
         self.handled = 0
+        self.times_moved = 0
         self.retrying = False
         self.failed: BaseException | None = None
         self.error: str | None = None
@@ -51,6 +57,7 @@ class Progress:
         self._batches: deque[tuple[float, int]] = deque()
         self._recorded_at: datetime | None = None
         self._changed: anyio.Event | None = None
+        self._stir = stir
 
     def batch(self, events: int, recorded_at: datetime | None) -> None:
         """So many events were committed; the last of them was recorded then."""
@@ -95,14 +102,23 @@ class Progress:
             return 0.0
         return max((datetime.now(UTC) - self._recorded_at).total_seconds(), 0.0)
 
+    def saved(self) -> None:
+        """A shard's document has moved."""
+        if self.wanted and self._stir is not None:
+            self._stir()
+
     def moved(self) -> None:
         """Something has changed that somebody may wait for."""
+        self.times_moved += 1
         if self._changed is not None:
             self._changed.set()
             self._changed = None
 
-    async def wait(self) -> None:
-        """Return when something has changed since this was called."""
+    async def wait(self, times_moved: int | None = None) -> None:
+        """Return when something has changed since this was called, or since it was so often."""
+        if times_moved not in (None, self.times_moved):
+            await checkpoint()
+            return
         if self._changed is None:
             self._changed = anyio.Event()
         await self._changed.wait()

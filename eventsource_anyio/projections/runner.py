@@ -24,8 +24,11 @@ from .progress import Progress, ProjectionStatistics, State
 from .running import ShardRun
 from .serving import Serving, ServingRepository
 from .shards import Shard, ShardRepository
+from .telling import Telling
 
-_LOOK_ELSEWHERE = 0.05
+# Seconds until who waits looks elsewhere without having been told: where nobody may tell, and where
+# somebody does, unless it is lost.
+_LOOK_ELSEWHERE = {False: (0.002, 0.05), True: (0.05, 1.0)}
 _LOOKS = 10
 
 
@@ -36,12 +39,15 @@ class Runner:
         projection: Projection[Transaction],
         ended: Callable[[], None],
         served: dict[str, Serving],
+        telling: Telling,
     ) -> None:
         self.projection = projection
         self.shards = ShardRepository(store, projection.name, projection.version)
         self.parked = ParkedRepository(store, projection.name, projection.version)
-        self.progress = Progress()
+        self.progress = Progress(telling.stir)
         self.key = f"{projection.name}@{projection.version}"
+        self._telling = telling
+        telling.add(self.key, self)
         self.running = False
         self._store = store
         self._serving = ServingRepository(store)
@@ -209,21 +215,55 @@ class Runner:
 
     async def wait_for(self, position: int) -> bool:
         """True when every shard, here or elsewhere, has got there; False if they will not."""
-        while True:
-            retired = await self.is_retired()
-            self._check_running()
-            if self._known and self.position >= position:
-                return True
-            if retired:
-                return False
-            elsewhere = any(shard.key not in self._runs for shard in self._known)
-            behind_here = any(run.position < position for run in self._runs.values())
-            if behind_here or not elsewhere:
-                await self.progress.wait()
-            else:
-                with anyio.move_on_after(_LOOK_ELSEWHERE):
+        asked_at: float | None = None
+        times = self.progress.times_moved
+        try:
+            while True:
+                retired = await self.is_retired()
+                self._check_running()
+                if self._known and self.position >= position:
+                    return True
+                if retired:
+                    return False
+                elsewhere = any(shard.key not in self._runs for shard in self._known)
+                behind_here = any(run.position < position for run in self._runs.values())
+                if behind_here or not elsewhere:
                     await self.progress.wait()
+                    continue
+                if asked_at is None:
+                    asked_at = anyio.current_time()
+                    self._telling.wait_begins(self.key, position)
+                await self._wait_elsewhere(position, anyio.current_time() - asked_at, times)
+                times = self.progress.times_moved
                 await self._read()
+        finally:
+            if asked_at is not None:
+                self._telling.wait_ends(self.key, position)
+
+    async def _wait_elsewhere(self, position: int, waited: float, times_moved: int) -> None:
+        """Until there may be something to see, since it was so often that something has moved."""
+        shortest, longest = _LOOK_ELSEWHERE[self._telling.everywhere]
+        with anyio.move_on_after(min(max(waited / 2, shortest), longest)) as scope:
+            await self.progress.wait(times_moved)
+        if scope.cancelled_caught:
+            self._telling.ask(self.key, position)
+
+    # What others say: see Told -------------------------------------------------------------------
+
+    def wanted(self, position: int) -> None:
+        self.progress.wanted.add(position)
+        for run in self._runs.values():
+            run.save_soon()
+        self._telling.stir()
+
+    def reached(self) -> bool:
+        wanted = self.progress.wanted
+        if not (wanted and self._runs):
+            return False
+        return wanted.take(min(run.shard.position for run in self._runs.values()))
+
+    def look_again(self) -> None:
+        self.progress.moved()
 
     def _check_running(self) -> None:
         failed = self.progress.failed

@@ -85,6 +85,7 @@ class ShardRun:
         self._refusals = 0
         self._stopping = False
         self._waiting: anyio.CancelScope | None = None
+        self._reading: anyio.CancelScope | None = None
         self._scope = anyio.CancelScope()
 
     def stop(self) -> None:
@@ -92,6 +93,11 @@ class ShardRun:
         self._stopping = True
         if self._waiting is not None:
             self._waiting.cancel()
+
+    def save_soon(self) -> None:
+        """Somebody elsewhere waits for a position: save what was skipped up to there at once."""
+        if self._reading is not None and self._unsaved_for() <= 0:
+            self._reading.cancel()
 
     def cancel(self) -> None:
         """End at once."""
@@ -158,12 +164,13 @@ class ShardRun:
                     await self._store.last_position()
                     self._pauses = 0
                     self._progress.recovered()
-                with anyio.move_on_after(self._unsaved_for()):
+                with anyio.move_on_after(self._unsaved_for()) as self._reading:
                     events = await subscription.next_batch()
             except StorageError as error:
                 await self._back_off(error)
 
         await self._pause(read)
+        self._reading = None
         return events
 
     async def _pause(self, wait: Callable[[], Awaitable[object]]) -> None:
@@ -256,6 +263,7 @@ class ShardRun:
                 raise _LeaseLostError from error
             raise
         self.shard = moved
+        self._progress.saved()
         self._saved = monotonic()
         self._parked |= parked
         last = part[count - 1] if part else None
@@ -304,6 +312,9 @@ class ShardRun:
         """For how many seconds what was skipped may wait to be saved: others may wait for it."""
         if self.position == self.shard.position:
             return inf
+        wanted = self._progress.wanted
+        if wanted and wanted.within(self.shard.position, self.position):
+            return 0.0
         return self._saved + _SKIPPED_FOR - monotonic()
 
     # Failures ------------------------------------------------------------------------------------
@@ -352,6 +363,7 @@ class ShardRun:
                     return False
                 if self._attempted is not None and shard.revision == self._attempted.revision:
                     self.shard = shard
+                    self._progress.saved()
                     await self._load_parked()
                     self._passed(shard.position)
                     return True

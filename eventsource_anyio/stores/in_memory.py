@@ -44,6 +44,7 @@ from ..repositories.outbox import (
     StoredMessage,
     decode_message,
 )
+from .hints import Hints
 from .interface import EventStore
 from .reading import Page, PageRequest
 from .records import EPOCH, Append, AppendResult, EncodedEvent, Read, Step, decode_stored
@@ -87,6 +88,7 @@ class InMemoryEventStore(EventStore):
         self._signal: AppendSignal | None = None
         self._claim: _Claim | None = None
         self._recorded_at = EPOCH  # of what is being appended
+        self._own_hints = Hints(everywhere=True)
 
     def transaction(self) -> Transaction:
         return Transaction(self._write, self._look_ups(), self._write_inline)

@@ -52,6 +52,7 @@ from ..repositories.outbox import (
     StoredMessage,
     decode_message,
 )
+from .hints import Hints
 from .reading import EventIterator, Page, PageRequest, Subscription, readable
 from .records import Append, AppendResult, ExpectedVersion, Step, decode_stored, encode_append
 from .transaction import AppendHandler, LookUps, Transaction
@@ -263,6 +264,15 @@ class EventStore(ABC):
     def documents(self) -> DocumentRepository:
         """Small JSON values by collection and key; it holds nothing, and needs no keeping."""
         return DocumentRepository(self._documents_by_key, self._documents_after, self._write)
+
+    @property
+    def hints(self) -> Hints:
+        """Messages to whoever has this store open, which may be lost; for coordinators."""
+        return self._own_hints
+
+    @cached_property
+    def _own_hints(self) -> Hints:
+        return Hints()
 
     async def get_events(
         self,

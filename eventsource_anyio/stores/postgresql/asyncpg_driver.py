@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _GRACE = 0.5
+_SAID_AT_MOST = 1000
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
@@ -188,6 +190,7 @@ class _Connection(Connection):
         self._guest = guest
         self._raw = raw
         self._heard = anyio.Event()
+        self._said: set[str] = set()
         self._abandoned = False
 
     @property
@@ -213,12 +216,17 @@ class _Connection(Connection):
             raise self._failure(error) from error
         self._raw.add_termination_listener(self._notified)
 
-    def _notified(self, *_: object) -> None:
+    def _notified(self, _: object, *about: object) -> None:
+        if about and len(self._said) < _SAID_AT_MOST:  # by whom, where, what; or it is closed
+            self._said.add(cast("str", about[-1]))
         self._heard.set()
 
-    async def heard(self) -> None:
+    async def heard(self) -> AbstractSet[str]:
         await self._heard.wait()
-        self._heard = anyio.Event()
+        if self.usable:
+            self._heard = anyio.Event()
+        said, self._said = self._said, set()
+        return said
 
     async def close(self) -> None:
         with shielded_cleanup():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol, TypeAlias
 
 # What a column holds is known to the statement alone.
@@ -53,8 +54,9 @@ class Connection(ABC):
         """Ask for the notifications of a channel."""
 
     @abstractmethod
-    async def heard(self) -> None:
-        """Return once there was a notification since the last call, or the connection is gone."""
+    async def heard(self) -> AbstractSet[str]:
+        """Wait for notifications: what was said since the last call; nothing if the connection is
+        gone. Cancelled, it has heard nothing. Of very many, some may be left out."""
 
     @abstractmethod
     async def close(self) -> None:

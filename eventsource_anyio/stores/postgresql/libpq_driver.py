@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -195,14 +196,19 @@ class _Connection(Connection):
     async def listen(self, channel: str) -> None:
         await self.run('LISTEN "{}"'.format(channel.replace('"', '""')))
 
-    async def heard(self) -> None:
+    async def heard(self) -> AbstractSet[str]:
         await checkpoint()
+        said = set[str]()
         with suppress(psycopg.Error, anyio.ClosedResourceError):
-            while not self._pgconn.notifies():
+            while not self._take_said(said):
                 await anyio.wait_readable(self._pgconn.socket)
                 self._pgconn.consume_input()
-            while self._pgconn.notifies():
-                pass
+        return said
+
+    def _take_said(self, said: set[str]) -> bool:
+        while notification := self._pgconn.notifies():
+            said.add(notification.extra.decode(errors="replace"))
+        return bool(said)
 
     async def close(self) -> None:
         self.abandon()  # libpq says good-bye, as far as it can without waiting

@@ -17,6 +17,7 @@ from ...errors import StoreClosedError
 from ...ids import AggregateId
 from ...repositories.document import Document, decode_document
 from ...repositories.outbox import StoredMessage, decode_message
+from ..hints import Hints
 from ..interface import Append, AppendResult, EventStore, Page, PageRequest, Step
 from ..signal import AppendSignal
 from ..transaction import Transaction, Write
@@ -73,8 +74,8 @@ class PostgreSQLEventStore(EventStore):
     `schema`, their names after `prefix`; `migrate()` makes them.
 
     At most `connections` are used for appends, reads and the store's own transactions, and one more
-    that listens, as long as somebody subscribes. They are opened when they are needed. Transactions
-    with SQL in them take theirs from the engine.
+    that listens, as long as somebody subscribes or a coordinator runs. They are opened when they
+    are needed. Transactions with SQL in them take theirs from the engine.
 
     A subscription gets to know of appends by notifications, and where one is lost, it looks every
     `poll_every` seconds. The database's time limits, such as `statement_timeout`, hold.
@@ -186,6 +187,10 @@ class PostgreSQLEventStore(EventStore):
             self._sql_engine,
             partial(state.tail.hint, state.pool),
         )
+
+    @property
+    def hints(self) -> Hints:
+        return self._opened().tail.hints
 
     async def last_position(self) -> int:
         state = self._ready()
