@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import ClassVar, cast
+from uuid import UUID
 
 import anyio
 import attrs
@@ -30,6 +31,7 @@ from eventsource_anyio import (
 )
 from eventsource_anyio.errors import ProjectionStoppedError
 from eventsource_anyio.projections import (
+    PendingTimer,
     ProcessManager,
     ProjectionCoordinator,
     Reaction,
@@ -615,6 +617,61 @@ async def test_timers_of_one_instant_and_those_taken_back(store: EventStore) -> 
     assert numbers[0] == 20
     assert sorted(numbers) == [2, 5, 20]
     assert await timers(store) == (0, 0)
+
+
+async def test_pending_timers_are_seen(store: EventStore) -> None:
+    """Of all processes, of one, a page at a time; no more once they are gone."""
+    uuid = UUID("00000000-0000-7000-8000-000000000001")
+    names = ["a", "a/b", "1/a", str(uuid)]  # none of them is taken for part of another one
+    clock = ManualClock(datetime(2018, 1, 1, tzinfo=UTC))
+    manager = orders(store, Named, clock=clock)
+    assert await manager.pending_timers() == []
+    for days, name in enumerate(names):
+        await place(store, name, amount=days + 1)
+    await run_until_quiet(store, manager)
+    found = await manager.pending_timers(limit=1000)
+    moments = [datetime(2020, 1, 2 + days, tzinfo=UTC) for days in range(4) for _ in range(4)]
+    assert [one.due for one in found] == moments
+    assert [one.process_id for one in found[::4]] == ["a", "a/b", "1/a", uuid]
+    assert {one.stream_id for one in found[12:]} == {f"ProcessTestsOrder-{uuid}"}
+    assert sorted(one.key for one in found[:4]) == ["0", "1", "2", "4"]
+    assert {one.event_type for one in found} == {"process_tests.Overdue"}
+    paged: list[PendingTimer] = []
+    while page := await manager.pending_timers(limit=3, after=paged[-1] if paged else None):
+        paged += page
+    assert paged == found
+    for its in (0, 4, 8, 12):
+        assert await manager.pending_timers(found[its].process_id) == found[its : its + 4]
+    assert await manager.pending_timers(str(uuid)) == found[12:]
+    assert await manager.pending_timers("b") == []
+    with pytest.raises(ValueError, match="limit"):
+        await manager.pending_timers(limit=0)
+
+    coordinator = ProjectionCoordinator(store, [manager])
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            clock.advance(timedelta(days=365 * 2 + 2))
+            fired = await seen(store, Overdue, 8)
+            coordinator.stop()
+    assert {one.event_id for one in fired} == {one.event_id for one in found[:8]}
+    assert await manager.pending_timers() == found[8:]
+
+
+async def test_pending_timers_of_one_process_are_many(store: EventStore) -> None:
+    class Many(Orders):
+        @handles(Placed)
+        async def placed(self, event: StoredEvent[Placed], order: Order, act: Reaction) -> None:
+            for number in range(event.event.amount):
+                due = datetime(2200, 1, 1, tzinfo=UTC) - timedelta(days=number)
+                await act.schedule(Overdue(number), at=due, key=f"{number}")
+
+    await place(store, "a", amount=210)
+    await place(store, "b", amount=1)
+    manager = orders(store, Many)
+    await run_until_quiet(store, manager)
+    found = await manager.pending_timers("a")
+    assert [one.key for one in found] == [str(number) for number in reversed(range(210))]
 
 
 async def test_a_timer_that_is_due_already_fires_at_once(store: EventStore) -> None:

@@ -7,7 +7,7 @@ from .parked import ParkedStream
 from .process_manager import ProcessManager, Reaction
 from .progress import ProjectionStatistics
 from .rebuilding import BuildProgress
-from .timers import Clock, SystemClock
+from .timers import Clock, PendingTimer, SystemClock
 from .view import SingleStreamView, evolves
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Clock",
     "Inline",
     "ParkedStream",
+    "PendingTimer",
     "ProcessManager",
     "Projection",
     "ProjectionCoordinator",

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from inspect import isabstract
@@ -29,7 +29,7 @@ from ..ids import AggregateId, check_name, normalize_aggregate_id, stream_id_of
 from ..repositories.outbox import OutboxMessage
 from ..stores.interface import EventStore, EventStream, ReadOptions, Transaction
 from .base import Projection
-from .timers import Clock, SystemClock, Timers
+from .timers import Clock, PendingTimer, SystemClock, Timers
 
 TProcess = TypeVar("TProcess", bound=AggregateRoot)
 P = ParamSpec("P")
@@ -106,6 +106,23 @@ class ProcessManager(Projection[Transaction], Generic[TProcess]):
             act = Reaction(event, loaded, tx, batch, self._timers)
             await getattr(self, method)(event, loaded.aggregate, act)
             await loaded.append(tx)
+
+    async def pending_timers(
+        self,
+        process_id: AggregateId | None = None,
+        *,
+        limit: int = 100,
+        after: PendingTimer | None = None,
+    ) -> Sequence[PendingTimer]:
+        """The timers that are set and have not fired, the one that is due first coming first.
+
+        All of one process; or the first ones of all processes, those after another one to page on.
+        As they are stored: what another transaction has set is there once it is committed. One that
+        is due and still pending is about to be fired, or cannot be (see the log).
+        """
+        if process_id is not None:
+            return await self._timers.pending_of(normalize_aggregate_id(process_id))
+        return await self._timers.pending(limit, after)
 
     async def reset(self, tx: Transaction) -> None:
         """Nothing: its processes are streams, which stay."""

@@ -20,11 +20,12 @@ from typing import cast
 from uuid import UUID
 
 import anyio
+from attrs import frozen
 
 from ..codec import PayloadError
 from ..errors import DocumentConflictError, EventEncodeError, StorageError, StoreClosedError
 from ..events import DomainEvent, NewEvent, decode_event, registered
-from ..ids import AggregateId, uuid7
+from ..ids import AggregateId, normalize_aggregate_id, stream_id_of, uuid7
 from ..metadata import decode_metadata, encode_metadata, merge_metadata
 from ..repositories.document import Document
 from ..stores.interface import ANY, EventStore, Transaction
@@ -54,6 +55,22 @@ class SystemClock(Clock):
 
     async def wait_until(self, moment: datetime) -> None:
         await anyio.sleep(max((moment - self.now()).total_seconds(), 0))
+
+
+@frozen
+class PendingTimer:
+    """A timer that is set and has not fired: what is appended to which process, and when.
+
+    `event_id` is the one that the event will have, of type `event_type`. `key` is the timer's name
+    in its process.
+    """
+
+    process_id: AggregateId
+    stream_id: str
+    key: str
+    due: datetime
+    event_type: str
+    event_id: UUID
 
 
 class Timers:
@@ -100,8 +117,7 @@ class Timers:
             "metadata": encode_metadata(merge_metadata(None)),
         }
         await self.cancel(tx, process_id, key)
-        moment = due.astimezone(UTC).isoformat(timespec="microseconds")
-        timer_key = f"{moment}/{event_id}"
+        timer_key = _timer_key(due, event_id)
         revision = await tx.documents.add(self._by_moment, timer_key, value)
         where = {"timer": timer_key, "revision": str(revision)}
         await tx.documents.add(self._by_key, _name(process_id, key), where)
@@ -117,6 +133,36 @@ class Timers:
             revision = UUID(where["revision"])
             await tx.documents.delete(self._by_moment, where["timer"], expected=revision)
             await tx.documents.delete(self._by_key, name, expected=document.revision)
+
+    async def pending(self, limit: int, after: PendingTimer | None) -> Sequence[PendingTimer]:
+        """The first ones that are due after another one, by when they are."""
+        key = "" if after is None else _timer_key(after.due, after.event_id)
+        page = await self._store.documents.list(self._by_moment, after=key, limit=limit)
+        return [self._pending(one) for one in page]
+
+    async def pending_of(self, process_id: AggregateId) -> Sequence[PendingTimer]:
+        """All of one process, by when they are due."""
+        after = prefix = _name(process_id, "")
+        keys: list[str] = []
+        while after:
+            page = await self._store.documents.list(self._by_key, after=after, limit=_PAGE)
+            own = [one for one in page if one.key.startswith(prefix)]
+            keys += [cast("dict[str, str]", one.value)["timer"] for one in own]
+            after = own[-1].key if len(own) == _PAGE else ""
+        found = await self._store.documents.get_all(self._by_moment, sorted(keys))
+        return [self._pending(one) for one in found.values()]
+
+    def _pending(self, timer: Document) -> PendingTimer:
+        value = cast("dict[str, str]", timer.value)
+        process_id = normalize_aggregate_id(value["process"])
+        return PendingTimer(
+            process_id,
+            stream_id_of(self._aggregate_type, process_id),
+            value["key"],
+            _due(timer),
+            value["event_type"],
+            UUID(value["event_id"]),
+        )
 
     # Firing --------------------------------------------------------------------------------------
 
@@ -233,6 +279,11 @@ class _Watch:
 def _name(process_id: AggregateId, key: str) -> str:
     process = str(process_id)
     return f"{len(process)}/{process}/{key}"  # no two of them the same, whatever is in an id
+
+
+def _timer_key(due: datetime, event_id: UUID) -> str:
+    moment = due.astimezone(UTC).isoformat(timespec="microseconds")
+    return f"{moment}/{event_id}"
 
 
 def _due(timer: Document) -> datetime:
