@@ -483,3 +483,88 @@ async def test_readers_see_no_error_and_no_partial_table(
         async with sql(store) as tx:
             assert (await tx.execute(text("SELECT count(*) FROM orders"))).scalar_one() == last
     assert versions == [1, 2, 1]
+
+
+# An old version that nobody runs -----------------------------------------------------------------
+
+
+async def leave_behind(store: EventStore, old: Recording) -> None:
+    """It serves, and stands at 20 of 30."""
+    await append_numbers(store, 20)
+    await run_for_a_while(ProjectionCoordinator(store, [old]), store)
+    await append_numbers(store, 10, "b")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_an_old_version_that_nobody_runs_is_not_waited_for(
+    store: EventStore, known: bool
+) -> None:
+    await leave_behind(store, Recording(1, 2))
+    coordinator = ProjectionCoordinator(store, [Recording(2, 2)])
+    promoting = ProjectionCoordinator(store, [Recording(1), Recording(2)]) if known else coordinator
+    async with running(coordinator):
+        await promoting.promote(NAME, 2)
+        assert await readers(store) == 2
+        await coordinator.wait_for(await add(store, "b", 1), NAME)
+        assert len(await seen(store, 1)) == 20
+        assert await seen(store, 2) == await positions(store)
+    # Run again, it can have its place back.
+    coordinator = ProjectionCoordinator(store, [Recording(1, 2), Recording(2, 2)])
+    async with running(coordinator):
+        await coordinator.promote(NAME, 1)
+        await coordinator.wait_for(await add(store, "b", 2), NAME)
+        assert await seen(store, 1) == await positions(store)
+
+
+async def test_who_was_killed_with_the_old_version_is_waited_for_as_long_as_its_lease(
+    store: EventStore,
+) -> None:
+    await leave_behind(store, Recording(1))
+    shards = ShardRepository(store, NAME, 1)
+    for shard in await shards.all():
+        await shards.save(store.documents, evolve(shard, owner="killed"))
+    value: dict[str, object] = {"projections": [f"{NAME}@1"]}
+    await store.documents.add("projections/coordinators", "killed", value)
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        for _ in range(5):
+            await store.documents.save("projections/coordinators", "killed", value)
+            beats += 1
+            await anyio.sleep(0.05)
+
+    coordinator = ProjectionCoordinator(store, [Recording(2)], lease=0.6)
+    async with running(coordinator):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beat)
+            await coordinator.promote(NAME, 2)
+            assert beats == 5
+        assert await readers(store) == 2
+        await coordinator.wait_for(await add(store, "b", 1), NAME)
+        assert await seen(store, 2) == await positions(store)
+
+
+async def test_what_an_old_version_has_not_reacted_to_it_has_to(store: EventStore) -> None:
+    await leave_behind(store, Reacting(1))
+    coordinator = ProjectionCoordinator(store, [Reacting(2, 2)])
+    async with running(coordinator):
+        await coordinator.wait_for(30)
+        with pytest.raises(ValueError, match="nobody runs version 1") as refused:
+            await coordinator.promote(NAME, 2)
+        assert "up to position 20, and to those up to 30 neither" in str(refused.value)
+        await coordinator.wait_for(await add(store, "b", 1))  # nothing stands still
+        async with running(ProjectionCoordinator(store, [Reacting(1)])):
+            await coordinator.promote(NAME, 2)
+        await coordinator.wait_for(await add(store, "b", 2))
+    assert await check_reactions(store) == [1, 2]
+
+
+async def test_an_old_version_that_reacts_to_nothing_may_stay_behind(store: EventStore) -> None:
+    await leave_behind(store, Recording(1))
+    coordinator = ProjectionCoordinator(store, [Reacting(2)])
+    async with running(coordinator):
+        await coordinator.wait_for(30)
+        await ProjectionCoordinator(store, [Recording(1), Reacting(2)]).promote(NAME, 2)
+        await coordinator.wait_for(await add(store, "b", 1))
+    assert [position for position, _ in await reactions(store)] == [31]

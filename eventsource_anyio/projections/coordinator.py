@@ -289,22 +289,25 @@ class ProjectionCoordinator:
     ) -> None:
         """Have this version serve in place of the one that does, which stands still from then on.
 
-        Both have to be run, here or elsewhere. This waits until the candidate is close behind; then
-        both stop at the same position, and one transaction calls `verify`, has the candidate
-        `take_over`, and lets it go on. So of two versions that react, one does for each event.
+        Both are run, here or elsewhere. This waits until the candidate is close behind; then both
+        stop at the same position, and one transaction calls `verify`, has the candidate
+        `take_over`, and lets it go on. So of two versions that react, one does for each event. If
+        nobody runs the serving version any more, it is not waited for, and stays behind.
 
         Cancelled or failed before that, nothing has changed. Killed, both may stand still until
         this is called again; called with the version that serves, it lets it go on.
 
         Raises:
             RuntimeError: `verify` has not returned True.
-            ValueError: there are parked streams that the serving version has not reacted to.
+            ValueError: there are events that the serving version has not reacted to, of parked
+                streams, or because nobody runs it.
             ProjectionStoppedError: one of the two has failed here.
         """
         candidate = await self._version(name, version)
         check = cast("Callable[[Transaction], Awaitable[bool]] | None", verify)
         versions = self._versions(name)
-        await Promotion(self._store, candidate, versions, self._look_soon, check).run()
+        members = Members(self._store, self._lease)
+        await Promotion(self._store, candidate, versions, members, self._look_soon, check).run()
         await self._changed(candidate)
 
     async def drop(self, name: str, version: int) -> None:

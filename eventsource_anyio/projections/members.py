@@ -58,6 +58,17 @@ class Members:
             if one.key == self.me or await self._alive(one)
         }
 
+    async def any_runs(self, projection: str) -> bool:
+        """Whether one that is alive runs it; seen often enough for a lease, or it counts as alive.
+
+        This one need not have joined.
+        """
+        for one in await self._all():
+            runs = cast("dict[str, list[str]]", one.value)["projections"]
+            if projection in runs and await self._alive(one):
+                return True
+        return False
+
     async def leave(self) -> None:
         if self._joined:
             await self._store.documents.delete(COLLECTION, self.me)

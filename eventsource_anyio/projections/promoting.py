@@ -4,6 +4,8 @@
   still at one position, `until`, which none of them has passed. Readers go on reading the old one.
 - When all of them stand there, one transaction makes the candidate serve and lets it go on. So
   the old version reacts to everything up to there, and the new one to everything after it.
+- An old version that nobody runs any more gets nowhere, and is not waited for. If there is
+  something that it has not reacted to, nothing is done; otherwise it stays behind.
 - The old version goes on standing still, and it can be promoted again.
 - Every step is decided by what the documents say alone. So it can be interrupted anywhere, begun
   again by anybody, and done by several at once.
@@ -21,8 +23,9 @@ from ..errors import DocumentConflictError, ProjectionStoppedError
 from ..stores.interface import EventStore, Transaction
 from .base import reacts
 from .holding import OPTIMISTIC, Held, free
+from .members import Members
 from .parked import ParkedRepository
-from .runner import Runner
+from .runner import Runner, key_of
 from .serving import Serving, ServingRepository
 from .shards import Shard, ShardRepository
 
@@ -38,12 +41,14 @@ class Promotion:
         store: EventStore,
         candidate: Runner,
         versions: Sequence[Runner],
+        members: Members,
         look_soon: Callable[[], None],
         verify: Callable[[Transaction], Awaitable[bool]] | None,
     ) -> None:
         self._store = store
         self._candidate = candidate
         self._versions = versions
+        self._members = members
         self._look_soon = look_soon
         self._verify = verify
         self._projection = candidate.projection
@@ -82,13 +87,17 @@ class Promotion:
         old = ShardRepository(self._store, serving.name, serving.version)
         before, after = await old.all(), await self._candidate.shards.all()
         await self._check_parked(serving)
-        if not before or not after:
+        abandoned = await self._is_abandoned(serving, before, after)
+        if not after or not (before or abandoned):
             return await self._wait()
+        if abandoned:
+            self._check_reactions(serving, before, after)
+        needed = after if abandoned else (*before, *after)
         untils = {shard.until for shard in (*before, *after)}
         until = untils.pop() if len(untils) == 1 else None
         if until is not None:
             self._held = self._held_by(serving, old, holding=True)
-            if all(shard.position == until for shard in (*before, *after)):
+            if all(shard.position == until for shard in needed):
                 return await self._switch(serving, (old, before), after, until)
             return await self._wait()
         if not self._close:
@@ -205,6 +214,33 @@ class Promotion:
                 raise ProjectionStoppedError(
                     one.projection.name, one.projection.version
                 ) from one.progress.failed
+
+    async def _is_abandoned(
+        self, serving: Serving, before: Sequence[Shard], after: Sequence[Shard]
+    ) -> bool:
+        """Whether the serving version is behind, and nobody runs it."""
+        places = [shard.position for shard in after] + [shard.until or 0 for shard in before]
+        if before and min(shard.position for shard in before) >= max(places, default=0):
+            return False
+        return not await self._members.any_runs(key_of(serving.name, serving.version))
+
+    def _check_reactions(
+        self, serving: Serving, before: Sequence[Shard], after: Sequence[Shard]
+    ) -> None:
+        """Raise if nobody would react to what the candidate has passed and the other has not."""
+        old = [one for one in self._versions if one.projection.version == serving.version]
+        if not reacts(self._projection) or (old and not reacts(old[0].projection)):
+            return
+        reached = min((shard.position for shard in before), default=0)
+        position = max(shard.position for shard in after)
+        if reached < position:
+            raise ValueError(
+                f"{serving.name!r}, version {self._projection.version}, cannot be promoted: nobody "
+                f"runs version {serving.version}.\n"
+                f"  It has reacted to events up to position {reached}, and to those up to "
+                f"{position} neither of the two would.\n"
+                f"  Give version {serving.version} to a coordinator that runs, and promote again."
+            )
 
     async def _check_parked(self, serving: Serving) -> None:
         known = [one.projection for one in self._versions]

@@ -32,6 +32,11 @@ _LOOK_ELSEWHERE = {False: (0.002, 0.05), True: (0.05, 1.0)}
 _LOOKS = 10
 
 
+def key_of(name: str, version: int) -> str:
+    """What a coordinator says that it runs."""
+    return f"{name}@{version}"
+
+
 class Runner:
     def __init__(
         self,
@@ -45,7 +50,7 @@ class Runner:
         self.shards = ShardRepository(store, projection.name, projection.version)
         self.parked = ParkedRepository(store, projection.name, projection.version)
         self.progress = Progress(telling.stir)
-        self.key = f"{projection.name}@{projection.version}"
+        self.key = key_of(projection.name, projection.version)
         self._telling = telling
         telling.add(self.key, self)
         self.running = False
