@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from random import Random
+from time import monotonic, sleep
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to be the package `tests`
@@ -25,6 +29,7 @@ from eventsource_anyio.projections.coordinator import ProjectionCoordinator
 from eventsource_anyio.projections.members import COLLECTION
 from eventsource_anyio.stores.postgresql import asyncpg_driver, libpq_driver
 from eventsource_anyio.stores.sqlite import database as sqlite_database
+from tests.conftest import LOOPS
 from tests.read_models import SQLTotals, append
 
 KILLED = 9
@@ -70,6 +75,50 @@ async def follow(database: str, driver: str, shards: str) -> None:
             await coordinator.wait_stopped()
 
 
+async def react(database: str) -> None:
+    """Run the process manager for ever."""
+    from tests.test_projection_processes import Reminding
+
+    async with open_store(database) as store:
+        await forget_the_dead(store)
+        manager = Reminding(store)
+        await ProjectionCoordinator(store, [manager], lease=60).run()
+
+
+async def forget_the_dead(store: EventStore) -> None:
+    """Their leases are over, to save the time."""
+    for one in await store.documents.list(COLLECTION):
+        await store.documents.delete(COLLECTION, one.key)
+
+
+def react_and_die(database: str, seconds: float) -> None:
+    """In one process after another, each on the next event loop and killed at a random moment.
+
+    Say how many were, and run in this one from then on.
+    """
+    import asyncpg  # type: ignore[import-untyped]  # noqa: F401  (once for all processes)
+
+    from tests import test_projection_processes  # noqa: F401
+
+    loops, random, killed = cycle(LOOPS.values()), Random(), 0
+    end = monotonic() + seconds
+    say("started")
+    while monotonic() < end:
+        backend, options = next(loops)
+        if not (child := os.fork()):
+            try:
+                anyio.run(react, database, backend=backend, backend_options=options)
+            finally:
+                os._exit(1)
+        sleep(random.uniform(0.05, 0.25))
+        os.kill(child, signal.SIGKILL)
+        if os.WTERMSIG(os.waitpid(child, 0)[1]) != signal.SIGKILL:
+            sys.exit("it has failed by itself")
+        killed += 1
+    say(f"{killed}")
+    anyio.run(react, database)
+
+
 class Statements:
     """Ends the process at its nth statement, if it gets that far, before it is made."""
 
@@ -84,7 +133,7 @@ class Statements:
 
     def hook(self) -> None:
         """Into all drivers and SQLAlchemy, which are imported once for all processes."""
-        import asyncpg  # type: ignore[import-untyped]  # noqa: F401
+        import asyncpg  # noqa: F401
         import sqlalchemy.dialects.postgresql.asyncpg
         import sqlalchemy.dialects.sqlite
         import sqlalchemy.ext.asyncio  # noqa: F401
@@ -119,8 +168,7 @@ class Statements:
 async def die(database: str, statements: Statements, nth: int) -> None:
     """Handle some events, and end at the nth statement from when that begins."""
     async with open_store(database) as store:
-        for one in await store.documents.list(COLLECTION):  # its lease is over, to save the time
-            await store.documents.delete(COLLECTION, one.key)
+        await forget_the_dead(store)
         position = await append(store, 2)
         statements.left = nth
         coordinator = coordinator_of(store, 1, 60)
@@ -168,5 +216,7 @@ if __name__ == "__main__":
         run(partial(project, database, *arguments))
     elif mode == "follow":
         run(partial(follow, database, *arguments))
+    elif mode == "react":
+        react_and_die(database, *map(float, arguments))
     else:
         die_everywhere(run, database, *map(int, arguments))

@@ -1,4 +1,4 @@
-"""Several processes share one projection; real ones, killed and paused at any moment.
+"""Several processes share one projection, or a process manager; real ones, killed at any moment.
 
 For longer: EVENTSOURCE_STRESS_SECONDS=60 pytest --timeout=400 tests/test_projection_processes.py
 """
@@ -10,8 +10,10 @@ import os
 import signal
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -23,12 +25,31 @@ import pytest
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from eventsource_anyio import ANY, EventStore, NewEvent, StorageError
+from eventsource_anyio import (
+    ANY,
+    EventStore,
+    NewEvent,
+    OutboxMessage,
+    StorageError,
+    StoredEvent,
+)
+from eventsource_anyio.projections import Reaction, handles
 from eventsource_anyio.projections.shards import ShardRepository
+from eventsource_anyio.repositories.outbox import StoredMessage
 from eventsource_anyio.testing.samples import Happened
 from tests.conftest import LOOPS
 from tests.every_store import make_store, open_store
 from tests.read_models import append, assert_totals, create_tables, until
+from tests.test_process_managers import (
+    SIXTY_DAYS,
+    Account,
+    Begun,
+    Confirmed,
+    Order,
+    Orders,
+    Overdue,
+    Placed,
+)
 
 __all__ = ["make_store", "open_store"]
 
@@ -161,6 +182,64 @@ async def test_processes_that_are_killed_at_random_miss_nothing_and_double_nothi
             assert [worker.process.returncode for worker in workers] == [None] * PROCESSES
     assert killed >= SECONDS / 0.8 - 1
     assert await assert_totals(store) == appended
+
+
+class Reminding(Orders):
+    """It sets a timer for each order, in place of another one; some of them are due at once."""
+
+    look_every = 0.05
+    batch_size = 5
+
+    @handles(Placed)
+    async def placed(self, event: StoredEvent[Placed], order: Order, act: Reaction) -> None:
+        amount = event.event.amount
+        order.apply(Begun(amount))
+        await act.execute(Account, order.aggregate_id, Account.reserve, amount)
+        await act.send(OutboxMessage("placed", str(order.aggregate_id).encode()))
+        await act.schedule(Overdue(), after=SIXTY_DAYS)
+        await act.schedule(Overdue(), after=timedelta(milliseconds=amount))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_process_manager_that_is_killed_at_random_does_everything_once(
+    store: EventStore, start: Start
+):
+    """Events in, commands and messages out, timers: each event loop is killed in its turn."""
+    names: list[str] = []
+    over = False
+
+    async def place_orders() -> None:
+        while not over:
+            names.append(f"{len(names):05}")
+            amount = len(names) * 7 % 101
+            await store.append_events(names[-1], "Shop", [Placed(names[-1], amount)], ANY)
+            await anyio.sleep(0.003)  # so many that it is always at work
+
+    async def settled() -> bool:
+        manager = Reminding(store)
+        reminded = [one for one in await store.outbox.pending(10**6) if is_reminder(one)]
+        return len(reminded) >= len(names) and not await manager.pending_timers()
+
+    with anyio.fail_after(60 + 4 * SECONDS):
+        async with start("react", 0.6 * SECONDS) as worker:
+            assert (await worker.said()).startswith("started")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(place_orders)
+                killed = int(await worker.said())
+                over = True
+            await until(settled, 30)
+            assert worker.process.returncode is None
+    assert killed >= SECONDS
+    for name in names:
+        stream = await store.get_events(name, "ProcessTestsOrder")
+        assert Counter(type(one.event) for one in stream) == {Begun: 1, Confirmed: 1, Overdue: 1}
+        assert len(await store.get_events(name, "ProcessTestsAccount")) == 1
+    sent = Counter(one.message.payload for one in await store.outbox.pending(10**6))
+    assert sent == {name.encode(): 2 for name in names}  # that it was placed, and the reminder
+
+
+def is_reminder(one: StoredMessage) -> bool:
+    return one.message.topic == "reminder"
 
 
 class Pausing:
