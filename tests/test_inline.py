@@ -373,6 +373,37 @@ async def test_a_rebuild_makes_the_read_models_of_all_events(store: EventStore) 
         assert await one.get(store, "b") == Total(9, 5)
 
 
+async def test_another_one_is_built_beside_while_appends_go_on(store: EventStore) -> None:
+    """And takes its place inline while nothing is appended, as the docs have it."""
+
+    class Others(Totals):
+        name = "others"
+
+    async def add(totals: Totals, number: int) -> None:
+        async with store.transaction() as tx:
+            tx.on_append(Inline(totals))
+            await tx.append_events(f"s{number % 3}", "Thing", [Happened(number)], ANY)
+
+    old, new = Totals(), Others()
+    for number in range(20):
+        await add(old, number)
+    coordinator = ProjectionCoordinator(store, [new])
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(coordinator.run)
+            for number in range(20, 40):
+                await add(old, number)
+            await coordinator.wait_for(await store.last_position())
+            coordinator.stop()
+    for stream in ("s0", "s1", "s2"):
+        assert await new.get(store, stream) == await old.get(store, stream) is not None
+    for number in range(40, 60):
+        await add(new, number)
+    for first in range(3):
+        its = range(first, 60, 3)
+        assert await new.get(store, f"s{first}") == Total(sum(its), len(its))
+
+
 async def test_a_rebuild_notices_what_was_appended_meanwhile(store: EventStore) -> None:
     class Careless(Totals):
         async def reset(self, tx: Transaction) -> None:
