@@ -23,6 +23,7 @@ from eventsource_anyio import (
 )
 from eventsource_anyio.projections import ProjectionCoordinator
 from eventsource_anyio.projections.telling import Telling
+from eventsource_anyio.projections.wanted import Wanted
 from eventsource_anyio.testing.samples import Ended, Happened
 from tests.every_store import make_store, open_store, which_store
 from tests.projecting import open_elsewhere
@@ -47,6 +48,7 @@ def never_looked(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = dict.fromkeys((False, True), (NEVER, NEVER))
     monkeypatch.setattr("eventsource_anyio.projections.runner._LOOK_ELSEWHERE", pauses)
     monkeypatch.setattr("eventsource_anyio.projections.running._SKIPPED_FOR", NEVER)
+    monkeypatch.setattr("eventsource_anyio.projections.wanted._WAITED_FOR", NEVER)
 
 
 def coordinator(store: EventStore, shards: int = 1, **settings: object) -> ProjectionCoordinator:
@@ -193,6 +195,28 @@ async def test_waiting_for_very_much_at_once(store: EventStore):
             tasks.cancel_scope.cancel()
     assert 4 <= len(lengths) <= 6
     assert max(lengths) < 8000
+
+
+def test_what_is_not_asked_for_again_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    wanted = Wanted()
+    wanted.add(5)
+    wanted.add(7)
+    assert [wanted.within(*bounds) for bounds in ((4, 5), (5, 6), (6, 9), (7, 9))] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not wanted.take(4)
+    assert wanted.take(6)
+    monkeypatch.setattr("eventsource_anyio.projections.wanted._WAITED_FOR", 0.0)
+    wanted.add(9)
+    assert not wanted.take(6)
+    assert wanted.take(8)
+    assert not wanted
+    for position in range(2000):
+        wanted.add(position)
+    assert not wanted.within(1000, 2000)
 
 
 # On PostgreSQL -----------------------------------------------------------------------------------

@@ -18,18 +18,18 @@ class Wanted:
         return bool(self._until)
 
     def add(self, position: int) -> None:
-        now = monotonic()
-        if len(self._until) >= _WAITING_AT_MOST:
-            self._until = {one: until for one, until in self._until.items() if until > now}
-        if len(self._until) < _WAITING_AT_MOST:
-            self._until[position] = now + _WAITED_FOR
+        if len(self._until) < _WAITING_AT_MOST or position in self._until:
+            self._until[position] = monotonic() + _WAITED_FOR
 
     def within(self, after: int, last: int) -> bool:
         return any(after < one <= last for one in self._until)
 
     def take(self, last: int) -> bool:
-        """Forget those up to a position; whether there was one."""
-        reached = [one for one in self._until if one <= last]
-        for one in reached:
-            del self._until[one]
-        return bool(reached)
+        """Forget those up to a position, and those that are not asked for again; whether there was
+        one up to it."""
+        now = monotonic()
+        reached = any(one <= last for one in self._until)
+        self._until = {
+            one: until for one, until in self._until.items() if one > last and until > now
+        }
+        return reached
