@@ -26,6 +26,7 @@ from .holding import OPTIMISTIC, Held, free
 from .members import Members
 from .parked import ParkedRepository
 from .runner import Runner, key_of
+from .serving import COLLECTION as SERVING
 from .serving import Serving, ServingRepository
 from .shards import Shard, ShardRepository
 
@@ -172,10 +173,16 @@ class Promotion:
                 for shard in after:
                     moved = evolve(shard, until=None, owner=None, quiet=until)
                     await self._candidate.shards.save(tx.documents, moved)
-        except Exception:
-            # It may be due to somebody else who has promoted it, or let go what was held.
-            found = await old.all(), await self._candidate.shards.all()
-            if found == (list(shards), list(after)):
+        except Exception as error:
+            # It may be due to somebody else who has promoted it, or let go what was held, or has
+            # just taken a shard.
+            found = [*await old.all(), *await self._candidate.shards.all()]
+            stands = all(shard.until == until for shard in found)
+            taken = isinstance(error, DocumentConflictError) and error.collection in (
+                *(old.collection, self._candidate.shards.collection),
+                SERVING,
+            )
+            if found == [*shards, *after] or (stands and not taken):
                 raise
             return False
         return True
