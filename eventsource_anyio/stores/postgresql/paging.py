@@ -47,7 +47,7 @@ async def _page(pool: Pool, tail: Tail, statements: Statements, request: PageReq
     elif bounded:
         high = low + _SEARCHED_AT_MOST - 1
     if rows is None:
-        rows = ()
+        rows = list[Row]()
         if low <= high:
             statement, values = statements.page(request, low, high, request.limit)
             rows = await pool.fetch(statement, *values)
