@@ -39,15 +39,15 @@ class Floor:
 FLOORS: Sequence[Floor] = [
     Floor(work, store, case, loop, typical, unit)
     for work, store, case, unit, typicals in (
-        ("append", _PG, "1 task, 1 event, own streams", "events/s", (0.68, 0.63)),
-        ("append", _PG, "64 tasks, 1 event, own streams", "events/s", (2.0, 1.7)),
-        ("append", _PG, "1,000 tasks, 1 event, own streams", "events/s", (3.5, 2.6)),
+        ("append", _PG, "1 task, 1 event, own streams", "events/s", (0.71, 0.68)),
+        ("append", _PG, "64 tasks, 1 event, own streams", "events/s", (2.5, 2.0)),
+        ("append", _PG, "1,000 tasks, 1 event, own streams", "events/s", (4.4, 3.2)),
         ("append", _PG, "1 task, 100 events, own streams", "events/s", (0.74, 0.74)),
         ("read", _PG, "everything", "events/s", (0.9, 0.88)),
-        ("load", _PG, "1,000 events", "ms", (0.27, 0.25)),
+        ("load", _PG, "1,000 events", "ms", (0.42, 0.42)),
         ("catch up", _PG, "one statement a batch", "events/s", (0.42, 0.42)),
         ("append", _SQLITE, "1 task, 1 event, own streams", "events/s", (0.38, 0.36)),
-        ("append", _SQLITE, "1,000 tasks, 1 event, own streams", "events/s", (7.0, 4.1)),
+        ("append", _SQLITE, "1,000 tasks, 1 event, own streams", "events/s", (5.8, 5.6)),
         ("read", _SQLITE, "everything", "events/s", (0.47, 0.47)),
     )
     for loop, typical in zip(("asyncio", "Trio"), typicals, strict=True)
