@@ -28,7 +28,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--short", action="store_true", help="a first look, in less than three minutes")
     add("--only", choices=STORES, action="append", help="leave out the other stores")
     add("--work", action="append", help="leave out what else is done; as it is called in results")
-    add("--rounds", type=int, default=FULL.rounds, help="runs of each (default: 5)")
+    add("--rounds", type=int, help="runs of each (default: 5; 3 for a first look)")
     add("--no-peers", action="store_true", help="leave out the other libraries")
     add("--peers-python", type=Path, help="their interpreter (default: the newest that is found)")
     add("--large", action="store_true", help="also PostgreSQL with 5 M events; takes minutes")
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load = about["load before"]
         console.print(f"This machine has other work to do (load {load}): believe no figure.")
     found = [] if options.no_peers else peers.environments(options.peers_python, console)
+    plan = SHORT if options.short else FULL
     plan = attrs.evolve(
-        SHORT if options.short else FULL,
-        rounds=options.rounds,
+        plan,
+        rounds=options.rounds or plan.rounds,
         large=options.large,
         data=options.data,
         peers=found,

@@ -22,7 +22,9 @@ from .results import Results
 from .suite import Suite
 
 _CASES = tuple(case for case in SHORT.appends if case[1:] == (1, False))
-PLAN = attrs.evolve(SHORT, appends=_CASES, followed=(), latencies=(), seconds=0.35, embedded=0.15)
+PLAN = attrs.evolve(
+    SHORT, rounds=5, appends=_CASES, followed=(), latencies=(), seconds=0.35, embedded=0.15
+)
 
 
 def main() -> int:

@@ -56,6 +56,7 @@ class Plan:
 
 FULL = Plan()
 SHORT = Plan(
+    rounds=3,
     seconds=0.15,
     embedded=0.06,
     loops=("asyncio", "Trio"),
