@@ -213,7 +213,7 @@ async def test_a_process_manager_that_is_killed_at_random_does_everything_once(
             names.append(f"{len(names):05}")
             amount = len(names) * 7 % 101
             await store.append_events(names[-1], "Shop", [Placed(names[-1], amount)], ANY)
-            await anyio.sleep(0.003)  # so many that it is always at work
+            await anyio.sleep(max(0.003, SECONDS / 3000))  # so many that it is always at work
 
     async def settled() -> bool:
         manager = Reminding(store)
@@ -227,7 +227,7 @@ async def test_a_process_manager_that_is_killed_at_random_does_everything_once(
                 tasks.start_soon(place_orders)
                 killed = int(await worker.said())
                 over = True
-            await until(settled, 30)
+            await until(settled, 30 + SECONDS)
             assert worker.process.returncode is None
     assert killed >= SECONDS
     for name in names:
