@@ -68,6 +68,7 @@ async def finish(
     async def empty() -> bool:
         return not await store.outbox.pending(1)
 
+    await until(relay.parked)  # it depends on the machine when there is something of the kind
     writing.stopping = True
     await until(empty)
     (parked,) = await relay.parked()

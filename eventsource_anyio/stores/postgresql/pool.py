@@ -61,6 +61,8 @@ class Pool:
         except DriverError as error:
             if not error.lost:
                 raise
+            while self._idle:  # which are mostly lost with it, and do not know yet
+                self._idle.pop().abandon()
         finally:
             self.release(connection)
         connection = await self.acquire()
