@@ -1,6 +1,5 @@
 """Event sourcing that runs the same core on asyncio and Trio."""
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from .aggregates.decider import Decider, DeciderAggregate
@@ -45,26 +44,21 @@ if TYPE_CHECKING:
     from .stores.sqlite import SQLiteEventStore
     from .sync import SyncRunner
 else:
+    from .importing import imported_later as _imported_later
+
     # A program that uses one store should not pay for the import of them all.
-    _LATER = {
-        "InMemoryEventBus": ".bus.in_memory",
-        "PostgreSQLEventStore": ".stores.postgresql",
-        "Projection": ".projections.base",
-        "ProjectionCoordinator": ".projections.coordinator",
-        "SQLiteEventStore": ".stores.sqlite",
-        "SyncRunner": ".sync",
-        "handles": ".projections.base",
-    }
-
-    def __getattr__(name: str) -> object:
-        if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(_import_module(_LATER[name], __name__), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
-
+    __getattr__, __dir__ = _imported_later(
+        globals(),
+        {
+            "InMemoryEventBus": ".bus.in_memory",
+            "PostgreSQLEventStore": ".stores.postgresql",
+            "Projection": ".projections.base",
+            "ProjectionCoordinator": ".projections.coordinator",
+            "SQLiteEventStore": ".stores.sqlite",
+            "SyncRunner": ".sync",
+            "handles": ".projections.base",
+        },
+    )
 
 __all__ = [
     "ANY",

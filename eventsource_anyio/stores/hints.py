@@ -16,7 +16,7 @@ class Hints:
     empty one says that others may have been missed.
     """
 
-    everywhere = False
+    everywhere: bool
     """Whether they reach everybody who has the store open, as long as none is lost."""
 
     def __init__(self, *, everywhere: bool = False) -> None:

@@ -6,12 +6,10 @@ The fixtures `event_store` and `sqlite_event_store` are there wherever this pack
 """
 
 import sys
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-if (
-    "pytest" in sys.modules
-):  # elsewhere, as in processes that tests start, nothing is to be explained
+# Elsewhere, as in processes that tests start, nothing is to be explained.
+if "pytest" in sys.modules:
     sys.modules["pytest"].register_assert_rewrite(
         *(f"{__name__}.{name}" for name in ("appending", "reading", "subscribing")),
         *(f"{__name__}.{name}" for name in ("repositories", "documents", "transacting")),
@@ -26,24 +24,19 @@ if TYPE_CHECKING:
     from .contract import EventStoreContract
     from .scenario import given
 else:
+    from ..importing import imported_later as _imported_later
+
     # A process that needs one of them, or a module beside them, does not import pytest for it.
-    _LATER = {
-        "EventBusContract": ".buses",
-        "EventStoreContract": ".contract",
-        "ManualClock": ".clock",
-        "cancel_at_every_checkpoint": ".cancelling",
-        "given": ".scenario",
-    }
-
-    def __getattr__(name: str) -> object:
-        if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(_import_module(_LATER[name], __name__), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
-
+    __getattr__, __dir__ = _imported_later(
+        globals(),
+        {
+            "EventBusContract": ".buses",
+            "EventStoreContract": ".contract",
+            "ManualClock": ".clock",
+            "cancel_at_every_checkpoint": ".cancelling",
+            "given": ".scenario",
+        },
+    )
 
 __all__ = [
     "EventBusContract",
