@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from eventsource_anyio.codec import Codec, PayloadError
 
-SLOW = settings(max_examples=120, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=250, suppress_health_check=list(HealthCheck))
 
 
 class Colour(enum.Enum):
