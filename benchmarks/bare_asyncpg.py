@@ -16,9 +16,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any, TypeAlias, cast
@@ -119,6 +120,11 @@ async def _insert(connection: Any, row: Row) -> None:
     await connection.fetch(INSERT if isinstance(row[0], int) else INSERT_UNNEST, *row)
 
 
+async def _insert_together(connection: Any, *rows: Row) -> None:
+    versions, _, ids, _, kinds, types, streams, _, payloads = zip(*rows, strict=True)
+    await connection.fetch(_INSERT_ROWS, kinds[0], types[0], streams, versions, ids, payloads)
+
+
 async def _append_event(connection: Any, row: Row) -> None:
     version, occurred_at, event_id, schema_version, kind, aggregate_type, stream, *rest = row
     values = (aggregate_type, stream, cast("int", version) - 1, event_id, kind, schema_version)
@@ -139,6 +145,7 @@ WAYS: Mapping[str, Callable[[Any, Row], Awaitable[None]]] = {
     "checked transaction": _checked,
     "append_event": _append_event,
     "INSERT": _insert,
+    "gathered": _insert_together,
 }
 
 
@@ -185,11 +192,11 @@ async def _queue(
 
     done = 0
 
-    async def append(number: int) -> None:
+    async def append(number: int, end: float) -> None:
         nonlocal done
         own = count(1, events)
         first = True
-        while first or perf_counter() < begun + seconds:
+        while first or perf_counter() < end:
             first = False
             stored: asyncio.Future[None] = loop.create_future()
             if contended:
@@ -201,45 +208,52 @@ async def _queue(
             done += events
 
     async with _connections(dsn, CONNECTIONS, way, events) as connections:
-        async with anyio.create_task_group() as servers:
-            for connection in connections:
-                servers.start_soon(serve, connection)
-            begun = perf_counter()
-            async with anyio.create_task_group() as group:
-                for number in range(tasks):
-                    group.start_soon(append, number)
-            ended = perf_counter()
-            servers.cancel_scope.cancel()
-        return per_second(done, ended - begun)
+        servers = [partial(serve, connection) for connection in connections]
+        took = await _served(servers, append, tasks, seconds)
+        return per_second(done, took)
+
+
+async def _served(
+    servers: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+    append: Callable[[int, float], Coroutine[Any, Any, None]],
+    tasks: int,
+    seconds: float,
+) -> float:
+    """Run the tasks until the time is over; how long it took them."""
+    async with anyio.create_task_group() as serving:
+        for serve in servers:
+            serving.start_soon(serve)
+        begun = perf_counter()
+        async with anyio.create_task_group() as group:
+            for number in range(tasks):
+                group.start_soon(append, number, begun + seconds)
+        ended = perf_counter()
+        serving.cancel_scope.cancel()
+    return ended - begun
 
 
 async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
     """Each connection inserts what has come together while it was busy."""
     loop = asyncio.get_running_loop()
-    connections: list[Any] = [await asyncpg.connect(dsn) for _ in range(_LANES)]
-    waiting: list[list[tuple[Row, asyncio.Future[None]]]] = [[] for _ in connections]
-    something = [asyncio.Event() for _ in connections]
+    waiting: list[list[tuple[Row, asyncio.Future[None]]]] = [[] for _ in range(_LANES)]
+    something = [asyncio.Event() for _ in waiting]
 
-    async def serve(connection: Any, mine: list[Any], come: asyncio.Event) -> None:
+    async def serve(connection: Any, lane: int) -> None:
+        mine = waiting[lane]
         while True:
-            await come.wait()
-            come.clear()
+            await something[lane].wait()
+            something[lane].clear()
             while mine:
                 together = mine[:_GATHERED_AT_MOST]
                 del mine[:_GATHERED_AT_MOST]
-                versions, _, ids, _, kinds, types, streams, _, payloads = zip(
-                    *(row for row, _ in together), strict=True
-                )
-                await connection.fetch(
-                    _INSERT_ROWS, kinds[0], types[0], streams, versions, ids, payloads
-                )
+                await _insert_together(connection, *(row for row, _ in together))
                 for _, stored in together:
                     stored.set_result(None)
                 await asyncio.sleep(0)  # whoever was woken now comes along
 
     done = 0
 
-    async def append(number: int) -> None:
+    async def append(number: int, end: float) -> None:
         nonlocal done
         lane = number % _LANES
         for version in count(1):
@@ -248,23 +262,13 @@ async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
             something[lane].set()
             await stored
             done += 1
-            if perf_counter() >= begun + seconds:
+            if perf_counter() >= end:
                 return
 
-    try:
-        async with anyio.create_task_group() as servers:
-            for connection, mine, come in zip(connections, waiting, something, strict=True):
-                servers.start_soon(serve, connection, mine, come)
-            begun = perf_counter()
-            async with anyio.create_task_group() as group:
-                for number in range(tasks):
-                    group.start_soon(append, number)
-            ended = perf_counter()
-            servers.cancel_scope.cancel()
-        return per_second(done, ended - begun)
-    finally:
-        for connection in connections:
-            await connection.close()
+    async with _connections(dsn, _LANES, "gathered", 1) as connections:
+        servers = [partial(serve, one, lane) for lane, one in enumerate(connections)]
+        took = await _served(servers, append, tasks, seconds)
+        return per_second(done, took)
 
 
 async def loads(dsn: str, schema: str, size: int, seconds: float) -> Found:
