@@ -1010,7 +1010,7 @@ async def test_as_many_streams_as_may_be_fit_into_the_lock_table(
     """16 processes, each with a thousand appends at once; and in a table of a tenth of the size."""
     if size == "small":
         settings = {"max_locks_per_transaction": "10", "max_connections": "20"}
-        with PostgreSQLServer(server._binaries, settings=settings) as small:
+        with PostgreSQLServer(server.binaries, settings=settings) as small:
             dsn = small.create_database()
             with psycopg.connect(dsn, autocommit=True) as session:
                 session.execute(migration_sql().encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -17,8 +18,6 @@ from typing import Any, ClassVar, Self
 
 _MEMORY, _ROOM = "/dev/shm", 4 << 30  # used if that many bytes are free there
 _PORTS = range(10_000, 32_000)  # below those that outgoing connections are given
-_LONGEST = 30.0  # seconds that a server may take to start or to stop
-_WATCH = 'read _ && exit; kill -KILL "$0"; sleep 1; rm -rf "$1"'
 
 
 def memory() -> str | None:
@@ -41,12 +40,15 @@ class LocalServer(ABC):
     """
 
     scheme: ClassVar[str]
-    ready: ClassVar[str]
-    """What is in its log once it listens: at a port of its own, not of another server."""
+    longest: ClassVar[float] = 30.0
+    """Seconds that it may take to start or to stop."""
+    orderly, at_once = signal.SIGTERM, signal.SIGKILL
+    """How it is asked to stop, and told to when it is not needed any more."""
+    watch: ClassVar[str] = 'read _ && exit; kill -KILL "$0"; sleep 1; rm -rf "$1"'
+    """What ends the process $0 and removes the directory $1 if a pipe is closed."""
 
-    def __init__(self, binary: Path | str, *, durable: bool) -> None:
-        self.url = ""
-        self._binary = Path(binary).absolute()
+    def __init__(self, binary: Path, *, durable: bool) -> None:
+        self._binary = binary
         self._parent = None if durable else memory()
         self._stack = ExitStack()
         self._process: subprocess.Popen[Any] | None = None
@@ -57,17 +59,28 @@ class LocalServer(ABC):
         """How it is started, at `port` and in `directory`."""
 
     @abstractmethod
-    def answers(self, probe: socket.socket) -> bool:
-        """Whether it is this kind of server that answers."""
+    def located(self, url: str) -> None:
+        """It is going to be there."""
+
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether it takes connections: this one, and not another server at its port."""
+
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
+        """Put into `directory` what it needs before it is started for the first time."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.directory = Path(tempfile.mkdtemp(prefix="eventsource_", dir=self._parent))
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            stack.callback(self._end, signal.SIGKILL)
+            # In another session: Ctrl-C is for the tests, which then stop the server.
+            self._child: dict[str, Any] = {"cwd": self.directory, "start_new_session": True}
+            self._child |= {"stderr": subprocess.STDOUT}
+            self.prepare()
+            stack.callback(self._end, self.at_once)
             while self._process is None:
                 self.port = secrets.choice(_PORTS)
-                self.url = f"{self.scheme}://127.0.0.1:{self.port}"
+                self.located(f"{self.scheme}://127.0.0.1:{self.port}")
                 try:
                     self.start()
                 except RuntimeError as error:
@@ -85,53 +98,67 @@ class LocalServer(ABC):
         assert self._process is not None
         return self._process.pid
 
+    def said(self) -> str:
+        """What is in its log since it was started."""
+        return (self.directory / "log").read_text(errors="replace")
+
     def start(self) -> None:
-        """Start again after `stop` or `kill`; returns when the server answers."""
+        """Start again after `stop` or `kill`; returns when the server takes connections."""
         if self._process is not None:
             raise RuntimeError("the server was not stopped")
         command = self.command()
-        # In another session: Ctrl-C is for the tests, which then stop the server.
-        child: dict[str, Any] = {"cwd": self.directory, "start_new_session": True}
-        log = self.directory / "log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **child)
+        # Every process of the server inherits this pipe: it ends when the last of them has ended.
+        self._alive, inherited = os.pipe()
+        with (self.directory / "log").open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, pass_fds=[inherited], **self._child)
+        os.close(inherited)
         # If this process is killed it stops no server any more, but it closes a pipe.
-        watch = ["/bin/sh", "-c", _WATCH, str(process.pid), str(self.directory)]
-        self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, **child)
+        watch = ["/bin/sh", "-c", self.watch, str(process.pid), str(self.directory)]
+        self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, **self._child)
         self._process = process
-        deadline = time.monotonic() + _LONGEST
-        while not self._ready():
+        deadline = time.monotonic() + self.longest
+        while not self.is_ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 self._end(signal.SIGKILL)
-                said = log.read_text(errors="replace")
-                raise RuntimeError(f"{command[0]} did not start:\n{said}")
+                raise RuntimeError(f"{command[0]} did not start:\n{self.said()}")
             time.sleep(0.002)
 
     def stop(self) -> None:
         """Shut down in order."""
-        self._end(signal.SIGTERM)
+        self._end(self.orderly)
 
     def kill(self) -> None:
-        """Crash; the process is gone when this returns."""
+        """Crash; all of its processes are gone when this returns."""
         self._end(signal.SIGKILL)
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(how)
-            try:
-                self._process.wait(_LONGEST)
-            except subprocess.TimeoutExpired:
+            ended = select.poll()
+            ended.register(self._alive)
+            if not ended.poll(self.longest * 1000):
                 self._process.kill()
-                self._process.wait()
+            self._process.wait()
             self._process = None
+            os.close(self._alive)
             self._watch.communicate(b"\n")
 
-    def _ready(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0) as probe:
-            return self.answers(probe) and self._is_ours()
-        return False
 
-    def _is_ours(self) -> bool:
-        """Not another server's port: then this one is about to end."""
-        log = self.directory / "log"
-        return self.ready in log.read_text(errors="replace")
+class LocalBroker(LocalServer):
+    """One that is known by its answer, and by what is in its log once it listens."""
+
+    ready: ClassVar[str]
+    url = ""
+
+    @abstractmethod
+    def answers(self, probe: socket.socket) -> bool:
+        """Whether it is this kind of server that answers."""
+
+    def located(self, url: str) -> None:
+        self.url = url
+
+    def is_ready(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0) as probe:
+            # At a port of its own: another server's is where this one is about to end.
+            return self.answers(probe) and self.ready in self.said()
+        return False

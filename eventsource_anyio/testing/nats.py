@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from .local_server import LocalServer
+from .local_server import LocalBroker
 
 _BIN = "EVENTSOURCE_NATS_BIN"
 _URL = "EVENTSOURCE_NATS_URL"
@@ -79,7 +79,7 @@ class NATSAccount:
         pass
 
 
-class NATSServer(LocalServer, NATSAccount):
+class NATSServer(LocalBroker, NATSAccount):
     """A new server from its binary, there for as long as it is entered; POSIX only.
 
     It listens on 127.0.0.1, at a port that it keeps. What it has acknowledged survives `kill`, and
@@ -92,7 +92,7 @@ class NATSServer(LocalServer, NATSAccount):
 
     def __init__(self, binary: Path | str, *, durable: bool = False, settings: str = "") -> None:
         NATSAccount.__init__(self, "")
-        LocalServer.__init__(self, binary, durable=durable)
+        LocalBroker.__init__(self, Path(binary).absolute(), durable=durable)
         self._settings = settings
         self._sync = "always" if durable else "2m"
 

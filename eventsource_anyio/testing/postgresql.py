@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +22,7 @@ from urllib.parse import quote
 
 from anyio.from_thread import start_blocking_portal
 
-from .local_server import memory
+from .local_server import LocalServer
 
 _BIN = "EVENTSOURCE_POSTGRESQL_BIN"
 _DSN = "EVENTSOURCE_POSTGRESQL_DSN"
@@ -33,9 +31,6 @@ _INSTALLED = (  # by Debian, by postgresql.org for Red Hat, by Homebrew
     *("/opt/homebrew/opt/postgresql@*/bin", "/usr/local/opt/postgresql@*/bin"),
 )
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-_PORTS = range(10_000, 32_000)  # below those that outgoing connections are given
-_LONGEST = 60.0  # seconds that a server may take to start or to stop
-_WATCH = 'read _ && exit; kill -QUIT "$0"; for _ in 1 2 3 4; do sleep 1; rm -rf "$1" && exit; done'
 
 
 class PostgreSQLUnavailableError(RuntimeError):
@@ -164,72 +159,54 @@ def _name(dsn: str) -> str:
     return dsn.partition("?")[0].rpartition("/")[2]
 
 
-class PostgreSQLServer(PostgreSQLDatabases):
+class PostgreSQLServer(LocalServer, PostgreSQLDatabases):
     """A new server from a directory of binaries, there for as long as it is entered; POSIX only.
 
     It listens on 127.0.0.1, at a port that it keeps, and on a socket in its `directory`, and trusts
     whoever connects. One that is not `durable` loses data when the machine fails, but not when only
     the server does; it is in memory if there is room. `settings` are PostgreSQL's own. Under root
-    it runs as `nobody`. It does not outlive the process that started it.
+    it runs as `nobody`. It does not outlive the process that started it. `stop` ends open sessions
+    and rolls their transactions back.
     """
+
+    scheme = "postgresql"
+    longest = 60.0
+    orderly, at_once = signal.SIGINT, signal.SIGQUIT
+    watch = (
+        'read _ && exit; kill -QUIT "$0"; for _ in 1 2 3 4; do sleep 1; rm -rf "$1" && exit; done'
+    )
 
     def __init__(
         self, binaries: Path | str, *, durable: bool = False, settings: Mapping[str, str] = {}
     ) -> None:
-        super().__init__("")
-        self._binaries = (Path(binaries) / "postgres").resolve().parent
-        self._parent = None if durable else memory()
+        PostgreSQLDatabases.__init__(self, "")
+        LocalServer.__init__(self, (Path(binaries) / "postgres").resolve(), durable=durable)
         self._settings = {**({} if durable else _NOT_DURABLE), **settings}
-        self._process: subprocess.Popen[Any] | None = None
-        self._watch: subprocess.Popen[Any]
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self.directory = Path(tempfile.mkdtemp(prefix="eventsource_", dir=self._parent))
-            stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            # In another session: Ctrl-C is for the tests, which then stop the server.
-            self._child: dict[str, Any] = {"cwd": self.directory, "start_new_session": True}
-            self._child |= {"env": {**os.environ, "LC_ALL": "C"}, "stderr": subprocess.STDOUT}
-            if os.geteuid() == 0:
-                self._become_nobody()
-            self._initdb()
-            stack.callback(self._end, signal.SIGQUIT)
-            self._start_at_a_free_port()
-            self._stack = stack.pop_all()
-        return self
+    @property
+    def binaries(self) -> Path:
+        """Where they are run from."""
+        return self._binary.parent
 
-    def start(self) -> None:
-        """Start again after `stop` or `kill`; returns when the server takes connections."""
-        if self._process is not None:
-            raise RuntimeError("the server was not stopped")
-        settings = {**self._settings, "listen_addresses": "127.0.0.1", "port": str(self._port)}
-        command = [f"{self._binaries}/postgres", "-D", "data", "-k", str(self.directory)]
-        command += [f"--{name}={value}" for name, value in settings.items()]
-        # Every process of the server inherits this pipe: it ends when the last of them has ended.
-        self._alive, inherited = os.pipe()
-        log = self.directory / "log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, pass_fds=[inherited], **self._child)
-        os.close(inherited)
-        # If this process is killed it stops no server any more, but it closes a pipe.
-        watch = ["/bin/sh", "-c", _WATCH, str(process.pid), str(self.directory)]
-        self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, **self._child)
-        self._process = process
-        deadline = time.monotonic() + _LONGEST
-        while not self._ready(process.pid):
-            if process.poll() is not None or time.monotonic() > deadline:
-                self._end(signal.SIGKILL)
-                said = log.read_text(errors="replace")
-                raise RuntimeError(f"{command[0]} did not start:\n{said}")
-            time.sleep(0.002)
+    def prepare(self) -> None:
+        self._child |= {"env": {**os.environ, "LC_ALL": "C"}}
+        if os.geteuid() == 0:
+            self._become_nobody()
+        self._initdb()
 
-    def stop(self) -> None:
-        """Shut down in order: open sessions are ended, and their transactions rolled back."""
-        self._end(signal.SIGINT)
+    def command(self) -> list[str]:
+        settings = {**self._settings, "listen_addresses": "127.0.0.1", "port": str(self.port)}
+        command = [str(self._binary), "-D", "data", "-k", str(self.directory)]
+        return command + [f"--{name}={value}" for name, value in settings.items()]
 
-    def kill(self) -> None:
-        """Crash: kill the postmaster; its other processes are gone as well when this returns."""
-        self._end(signal.SIGKILL)
+    def located(self, url: str) -> None:
+        self._dsn = f"{url.replace('//', '//postgres@')}/postgres"
+
+    def is_ready(self) -> bool:
+        with suppress(FileNotFoundError):
+            status = (self.directory / "data" / "postmaster.pid").read_text()
+            return status.startswith(f"{self.pid}\n") and status.rstrip().endswith("ready")
+        return False
 
     def restart(self) -> None:
         """`stop` and `start`."""
@@ -238,35 +215,10 @@ class PostgreSQLServer(PostgreSQLDatabases):
 
     def _end(self, how: signal.Signals) -> None:
         self._session.close()
-        if self._process is not None:
-            self._process.send_signal(how)
-            ended = select.poll()
-            ended.register(self._alive)
-            if not ended.poll(_LONGEST * 1000):
-                self._process.kill()
-            self._process.wait()
-            self._process = None
-            os.close(self._alive)
-            self._watch.communicate(b"\n")
-
-    def _start_at_a_free_port(self) -> None:
-        while self._process is None:
-            self._port = secrets.choice(_PORTS)
-            self._dsn = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
-            try:
-                self.start()
-            except RuntimeError as error:
-                if "Address already in use" not in str(error):
-                    raise
-
-    def _ready(self, pid: int) -> bool:
-        with suppress(FileNotFoundError):
-            status = (self.directory / "data" / "postmaster.pid").read_text()
-            return status.startswith(f"{pid}\n") and status.rstrip().endswith("ready")
-        return False
+        super()._end(how)
 
     def _initdb(self) -> None:
-        command = [f"{self._binaries}/initdb", "-D", "data", "-U", "postgres", "-A", "trust"]
+        command = [f"{self.binaries}/initdb", "-D", "data", "-U", "postgres", "-A", "trust"]
         command += ["-E", "UTF8", "--no-locale", "--no-sync"]
         try:
             subprocess.check_output(command, text=True, **self._child)
@@ -279,14 +231,14 @@ class PostgreSQLServer(PostgreSQLDatabases):
 
         nobody = pwd.getpwnam("nobody")
         self._child |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        on_the_way = (self._binaries / "postgres", self._binaries, *self._binaries.parents)
+        on_the_way = (self._binary, *self._binary.parents)
         if not all(path.stat().st_mode & 0o001 for path in on_the_way):
             # A wheel has its libraries in <package>.libs, beside the package.
-            installed = self._binaries.parent
+            installed = self.binaries.parent
             copied = self.directory / installed.parent.name / installed.name
             shutil.copytree(installed, copied)
             with suppress(FileNotFoundError):
                 shutil.copytree(f"{installed.parent}.libs", f"{copied.parent}.libs")
-            self._binaries = copied / "bin"
+            self._binary = copied / "bin" / "postgres"
         for path in (self.directory, *self.directory.rglob("*")):
             os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)

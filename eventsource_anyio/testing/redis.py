@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from .local_server import LocalServer
+from .local_server import LocalBroker
 
 _BIN = "EVENTSOURCE_REDIS_BIN"
 _URL = "EVENTSOURCE_REDIS_URL"
@@ -79,7 +79,7 @@ class RedisDatabase:
         pass
 
 
-class RedisServer(LocalServer, RedisDatabase):
+class RedisServer(LocalBroker, RedisDatabase):
     """A new server from its binary, there for as long as it is entered; POSIX only.
 
     It listens on 127.0.0.1, at a port that it keeps. What it has acknowledged is in its append-only
@@ -94,7 +94,7 @@ class RedisServer(LocalServer, RedisDatabase):
         self, binary: Path | str, *, durable: bool = False, settings: tuple[str, ...] = ()
     ) -> None:
         RedisDatabase.__init__(self, "")
-        LocalServer.__init__(self, binary, durable=durable)
+        LocalBroker.__init__(self, Path(binary).absolute(), durable=durable)
         self._settings = ("--appendfsync", "always" if durable else "no", *settings)
 
     def command(self) -> list[str]:
