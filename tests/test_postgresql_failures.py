@@ -593,6 +593,17 @@ async def test_a_transaction_on_a_connection_that_was_lost_takes_another(
     assert len(database.ids()) == 3
 
 
+async def test_a_read_is_made_again_though_every_idle_connection_was_lost(database: Database):
+    async with database.store() as store:
+        for _ in range(30):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(4):
+                    tasks.start_soon(store.get_events, "a", "Thing")
+            # They learn of it while the first of them is used, or a little later.
+            database.terminate(*database.pids())
+            assert len(await store.get_events("a", "Thing")) == 0
+
+
 # -- the listening connection, and hints ------------------------------------------------------
 
 
