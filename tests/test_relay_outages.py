@@ -38,10 +38,10 @@ class Writing:
         self.added: dict[str, list[str]] = {key: [] for key in KEYS}
         self.count = 0
         self.next: OutboxMessage | None = None
-        self.stopping = False
+        self.stopping = self.ended = False
 
     async def run(self) -> None:
-        while not self.stopping:
+        while not self.stopping or self.next:  # what was sent may be there, and has to be known
             key = KEYS[self.count % len(KEYS)]
             one = self.next = self.next or message(key, self.count)
             try:  # the same message again, in case that its answer was lost
@@ -53,6 +53,7 @@ class Writing:
             self.next = None
             self.count += 1
             await anyio.sleep(0.001)
+        self.ended = True
 
 
 async def poison(stored: StoredMessage) -> None:
@@ -70,6 +71,7 @@ async def finish(
 
     await until(relay.parked)  # it depends on the machine when there is something of the kind
     writing.stopping = True
+    await until(lambda: writing.ended)
     await until(empty)
     (parked,) = await relay.parked()
     receiver.before = Receiver().before
