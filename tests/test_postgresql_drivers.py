@@ -674,14 +674,18 @@ class TestListening:
             while heard != said:
                 heard |= await listening.heard()
 
-    async def test_of_very_many_some_are_left_out(
-        self, listening: Connection, server: Server, driver: Driver
+    async def test_of_very_many_some_are_left_out_but_not_of_an_append(
+        self, listening: Connection, server: Server
     ) -> None:
-        if is_libpq(driver):
-            pytest.skip("what it has not asked for waits in libpq and in the server")
         server.run("SELECT pg_notify('channel', n::text) FROM generate_series(1, 3000) n")
+        server.run("NOTIFY channel")
         await listening.fetch("SELECT 1")
-        assert len(await listening.heard()) == 1000
+        most, said = 0, set[str]()
+        with anyio.fail_after(SECONDS):
+            while "" not in said:
+                said = {*await listening.heard()}
+                most = max(most, len(said))
+        assert most in (1000, 1001)
 
     async def test_those_that_came_before_are_heard_once(
         self, listening: Connection, server: Server

@@ -12,7 +12,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ...cleanup import shielded_cleanup
-from .driver import Connection, Driver, DriverError, Row
+from .driver import Connection, Driver, DriverError, Row, add_said
 from .dsn import parse_dsn
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 _GRACE = 0.5
-_SAID_AT_MOST = 1000
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
@@ -217,8 +216,8 @@ class _Connection(Connection):
         self._raw.add_termination_listener(self._notified)
 
     def _notified(self, _: object, *about: object) -> None:
-        if about and len(self._said) < _SAID_AT_MOST:  # by whom, where, what; or it is closed
-            self._said.add(cast("str", about[-1]))
+        if about:  # by whom, where, what; or it is closed
+            add_said(self._said, cast("str", about[-1]))
         self._heard.set()
 
     async def heard(self) -> AbstractSet[str]:

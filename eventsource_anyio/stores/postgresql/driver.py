@@ -73,3 +73,12 @@ class Driver(ABC):
     @abstractmethod
     async def connect(self) -> Connection:
         """A new connection."""
+
+
+_SAID_AT_MOST = 1000
+
+
+def add_said(said: set[str], message: str) -> None:
+    """Keep what was heard, unless it is too much; the empty one, of an append, in any case."""
+    if not message or len(said) < _SAID_AT_MOST:
+        said.add(message)

@@ -22,7 +22,7 @@ import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
 from ...cleanup import shielded_cleanup
-from .driver import Connection, Driver, DriverError, Row
+from .driver import Connection, Driver, DriverError, Row, add_said
 from .dsn import parse_dsn
 
 try:
@@ -207,7 +207,7 @@ class _Connection(Connection):
 
     def _take_said(self, said: set[str]) -> bool:
         while notification := self._pgconn.notifies():
-            said.add(notification.extra.decode(errors="replace"))
+            add_said(said, notification.extra.decode(errors="replace"))
         return bool(said)
 
     async def close(self) -> None:
