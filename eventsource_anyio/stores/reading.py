@@ -158,6 +158,8 @@ class EventIterator(_PageReader):
         so whoever keeps none of them needs no memory for all.
         """
         with self._guard:
+            if self._left:
+                await checkpoint()
             while not self._left:
                 try:
                     await self._turn()
@@ -226,6 +228,8 @@ class Subscription(_PageReader):
         there may be none. After it, `position` is behind all of them.
         """
         with self._guard:
+            if self._left:
+                await checkpoint()
             before = self.position
             while not self._left and self.position == before:
                 if await self._look() and self.position == before:

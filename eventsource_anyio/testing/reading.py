@@ -197,6 +197,21 @@ class ReadContract:
             with pytest.raises(StopAsyncIteration):
                 await anext(iterator)
 
+    async def test_a_cancelled_batch_has_consumed_nothing(self, store: EventStore) -> None:
+        await append_numbers(store, 4)
+        async with store.subscribe() as subscription:
+            for reader in (store.read_stream("Thing-a"), subscription):
+                found: list[int] = []
+                for taken in (0, 1):  # of a page that is not there, and of what is left of one
+                    found += numbers([await anext(reader) for _ in range(taken)])
+                    with anyio.CancelScope() as scope:
+                        scope.cancel()
+                        found += numbers(readable(await reader.next_batch()))
+                    assert scope.cancelled_caught
+                while len(found) < 4:
+                    found += numbers(readable(await reader.next_batch()))
+                assert found == [0, 1, 2, 3]
+
     async def test_two_readers_of_one_iterator_are_refused(self, store: EventStore) -> None:
         await append_numbers(store, 2)
         iterator = store.read_all()
