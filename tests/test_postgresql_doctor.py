@@ -28,8 +28,8 @@ from eventsource_anyio.stores.postgresql import (
     Diagnosis,
     Finding,
     PostgreSQLEventStore,
+    batch,
     doctor,
-    group_commit,
     migration_sql,
     settings,
 )
@@ -609,7 +609,7 @@ def test_prepared_transactions_have_room_for_locks_too(prepared, room):
 
 
 def test_a_batch_takes_as_many_locks_as_it_is_reckoned_with():
-    assert settings._LOCKS == 2 * group_commit._APPENDS_AT_MOST  # of the two lanes
+    assert settings._LOCKS == 2 * batch.APPENDS_AT_MOST  # of the two lanes
 
 
 # -- the gap stress test ------------------------------------------------------------------------

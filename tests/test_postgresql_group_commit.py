@@ -29,7 +29,7 @@ from eventsource_anyio import (
     StorageError,
     StoreClosedError,
 )
-from eventsource_anyio.stores.postgresql import PostgreSQLEventStore, group_commit
+from eventsource_anyio.stores.postgresql import PostgreSQLEventStore, batch, group_commit
 from eventsource_anyio.testing import cancel_at_every_checkpoint
 from eventsource_anyio.testing.samples import Ended, Happened, numbers
 from tests.every_store import DRIVERS
@@ -485,7 +485,7 @@ async def test_more_than_the_queue_holds_wait_outside(
 ):
     """The queue of a lane is bounded; a thousand wait for room in it, and may give up."""
     monkeypatch.setattr(group_commit, "_BATCHES_AT_MOST", 20)
-    lanes, at_most = store._opened().lanes, group_commit._APPENDS_AT_MOST
+    lanes, at_most = store._opened().lanes, batch.APPENDS_AT_MOST
     bound = group_commit._BATCHES_AT_MOST * at_most
     with anyio.fail_after(28):
         async with anyio.create_task_group() as tasks:

@@ -187,12 +187,12 @@ def encode_append(
     """Check and encode everything, or raise before anything is stored."""
     aggregate_type = check_aggregate_type(aggregate_type)
     aggregate_id = normalize_aggregate_id(aggregate_id)
-    if not isinstance(expected_version, ExpectedVersion):
-        _check_version(expected_version)
-    if isinstance(events, (DomainEvent, NewEvent)):
+    if type(expected_version) is not int or expected_version < 0:
+        _check_expected(expected_version)
+    if type(events) is not list and isinstance(events, (DomainEvent, NewEvent)):
         raise TypeError(f"events must be a list of events, not one: [{type(events).__name__}(…)]")
     context = merge_metadata(metadata)
-    context_json = encode_metadata(context)
+    context_json = encode_metadata(context) if context else None
     encoded: list[EncodedEvent] = []
     for given in events:
         own_json, occurred_at = context_json, None
@@ -216,7 +216,7 @@ def encode_append(
                 kind.name,
                 kind.schema_version,
                 payload.decode(),
-                decode_metadata(own_json),
+                decode_metadata(own_json) if own_json else {},
                 own_json,
                 occurred_at,
             )
@@ -225,10 +225,12 @@ def encode_append(
         raise ValueError("there is nothing to append: events is empty")
     if len(encoded) > 1 and len({one.event_id for one in encoded}) != len(encoded):
         raise ValueError("two events of one append have the same event_id; each needs its own")
-    return Append(aggregate_type, aggregate_id, expected_version, encoded)
+    return Append(aggregate_type, aggregate_id, expected_version, tuple(encoded))
 
 
-def _check_version(expected_version: object) -> None:
+def _check_expected(expected_version: object) -> None:
+    if isinstance(expected_version, ExpectedVersion):
+        return
     if not isinstance(expected_version, int) or isinstance(expected_version, bool):
         raise TypeError(
             "expected_version must be ANY, NO_STREAM, STREAM_EXISTS or a version, "

@@ -26,8 +26,8 @@ from anyio.lowlevel import checkpoint
 
 from ...cleanup import shielded_cleanup
 from ...errors import StoreClosedError
-from ...ids import AggregateId
-from ..records import Append, ExpectedVersion
+from ..records import Append, AppendResult, ExpectedVersion
+from .batch import Batch, Change, Job, Stream
 from .driver import Connection, DriverError
 from .failures import storage_error
 from .pool import Pool
@@ -38,150 +38,94 @@ from .statements import (
     KNOWN,
     Answer,
     Statements,
+    appended,
     event_answer,
     event_values,
     events_answers,
     events_values,
 )
 
-_APPENDS_AT_MOST = 128  # each holds an entry of the lock table, which all processes share
-_EVENTS_AT_MOST = 2000
 _BATCHES_AT_MOST = 100
 _REACHED_AT_MOST = 10_000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+_TRIES, _BETWEEN_TRIES = 5, 0.01
 # One append can break a batch by what is in it; the batch is then sent one by one, unless the
 # error is of a kind that each of them would meet.
 _OF_ALL = ("08", "25", "28", "3D", "3F", "40", "42", "53", "55", "57", "58")
 _LOCK_TABLE_FULL = "53200"
 UNIQUE = "23505"
 
-_Stream: TypeAlias = tuple[str, AggregateId]
-
-
-class _Job:
-    __slots__ = ("answer", "append", "batch", "error", "settled", "stream", "unknown", "withdrawn")
-
-    batch: _Batch  # set as soon as it is queued
-
-    def __init__(self, append: Append) -> None:
-        self.append = append
-        self.stream: _Stream = (append.aggregate_type, append.aggregate_id)
-        self.settled = False
-        self.withdrawn = False
-        self.unknown = False  # whether it was stored, where there is an error
-        self.answer: Answer | None = None
-        self.error: BaseException | None = None
-
-
-class _Change:
-    """Wakes those who wait for something to be different; an event is made only for a waiter."""
-
-    __slots__ = ("_event",)
-
-    def __init__(self) -> None:
-        self._event: anyio.Event | None = None
-
-    def wait(self) -> Awaitable[None]:
-        if self._event is None:
-            self._event = anyio.Event()
-        return self._event.wait()
-
-    def happened(self) -> None:
-        event, self._event = self._event, None
-        if event is not None:
-            event.set()
-
-
-class _Batch:
-    """Jobs that are sent together, by the caller of one of them, the leader."""
-
-    __slots__ = ("changed", "events", "granted", "jobs", "leader", "may_send", "sent")
-
-    def __init__(self) -> None:
-        self.jobs: list[_Job] = []
-        self.events = 0
-        self.leader: _Job | None = None
-        self.may_send = False
-        self.granted = _Change()  # for the leader
-        self.changed = _Change()  # for the others: look at your job again
-        self.sent = False
-
-    @property
-    def full(self) -> bool:
-        return len(self.jobs) >= _APPENDS_AT_MOST or self.events >= _EVENTS_AT_MOST
-
-    def add(self, job: _Job) -> None:
-        job.batch = self
-        self.jobs.append(job)
-        self.events += len(job.append.events)
-        if self.leader is None:
-            self.leader = job
-
-    def hold(self, job: _Job) -> None:
-        """Keep it in a batch that is not to be sent."""
-        job.batch = self
-        self.jobs.append(job)
-
-    def grant(self) -> None:
-        """Let the leader send it."""
-        self.may_send = True
-        self.granted.happened()
-
-
 Committed: TypeAlias = Callable[[Connection], Awaitable[None]]
+Outcome: TypeAlias = Callable[[Append, Answer], Awaitable[AppendResult | None]]
 
 
 class Lane:
-    """Sends one batch after another. `committed` is called after each with its connection."""
+    """Sends one batch after another. `committed` is called after each with its connection.
 
-    def __init__(self, pool: Pool, statements: Statements, committed: Committed) -> None:
+    `outcome` makes the result, or the error, of an answer that says that nothing was stored now;
+    or None, if it is to be tried again.
+    """
+
+    def __init__(
+        self, pool: Pool, statements: Statements, committed: Committed, outcome: Outcome
+    ) -> None:
         self._pool = pool
         self._statements = statements
         self._committed = committed
-        self._current: _Batch | None = None  # is being sent, or about to be
-        self._waiting: deque[_Batch] = deque()
-        self._aside: dict[_Stream, _Batch] = {}  # behind one that asks again
+        self._outcome = outcome
+        self._current: Batch | None = None  # is being sent, or about to be
+        self._waiting: deque[Batch] = deque()
+        self._aside: dict[Stream, Batch] = {}  # behind one that asks again
         self._door = anyio.Lock()  # where they wait in order if there is no room
-        self._room = _Change()
+        self._room = Change()
         self._alone = True  # the last caller was: then nobody is waited for
-        self._reached: dict[_Stream, int] = {}  # by appends that expect no version
+        self._reached: dict[Stream, int] = {}  # by appends that expect no version
         self._closed = ""
 
-    async def append(self, append: Append) -> Answer:
-        """What became of it. Cancelled, nothing was stored, or it raises nothing."""
-        job = _Job(append)
-        if len(self._waiting) < _BATCHES_AT_MOST and not self._door.locked():
-            self._queue(job)
-        else:
-            async with self._door:  # one at a time: whoever came first goes first
-                while len(self._waiting) >= _BATCHES_AT_MOST:
-                    await self._room.wait()
+    async def append(self, append: Append) -> tuple[AppendResult]:
+        """Store it, or raise. Cancelled, nothing was stored, or it raises nothing."""
+        # One of many waits in this coroutine, and in no other of ours: they are what it costs.
+        for _ in range(_TRIES):
+            job = Job(append, (append.aggregate_type, append.aggregate_id))
+            if len(self._waiting) < _BATCHES_AT_MOST and not self._door.locked():
                 self._queue(job)
-        pause = _FIRST_PAUSE
-        try:
-            while True:
-                try:
-                    # One of many waits here, in no other coroutine of ours: they are what it costs.
-                    while not job.settled and job.batch.leader is not job:
-                        await job.batch.changed.wait()
-                    if not job.settled:
-                        await self._settled(job)
-                except BaseException as error:
-                    if not await self._done_all_the_same(job, error):
-                        raise
-                if job.error is not None:
-                    raise job.error
-                assert job.answer is not None
-                if job.answer.status != BUSY:
-                    return job.answer
-                # This job has its stream to itself now: those behind it are set aside.
-                await anyio.sleep(pause * (0.5 + random()))  # noqa: S311  (no secret)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                job.settled = False
-                self._enqueue(job)
-        finally:
-            if self._aside:
-                self._bring_back(job)
+            else:
+                async with self._door:  # one at a time: whoever came first goes first
+                    while len(self._waiting) >= _BATCHES_AT_MOST:
+                        await self._room.wait()
+                    self._queue(job)
+            pause = _FIRST_PAUSE
+            try:
+                while True:
+                    try:
+                        while not job.settled and job.batch.leader is not job:
+                            await job.batch.changed.wait()
+                        if not job.settled:
+                            await self._settled(job)
+                    except BaseException as error:
+                        if not await self._done_all_the_same(job, error):
+                            raise
+                    if job.error is not None:
+                        raise job.error
+                    answer = job.answer
+                    assert answer is not None
+                    if answer.status == APPENDED:
+                        return (appended(append, answer),)
+                    if answer.status != BUSY:
+                        break
+                    # This job has its stream to itself now: those behind it are set aside.
+                    await anyio.sleep(pause * (0.5 + random()))  # noqa: S311  (no secret)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    job.settled = False
+                    self._enqueue(job)
+            finally:
+                if self._aside:
+                    self._bring_back(job)
+            result = await self._outcome(append, answer)
+            if result is not None:
+                return (result,)
+            await anyio.sleep(_BETWEEN_TRIES)
+        raise storage_error(DriverError("and none of its event ids is stored", UNIQUE))
 
     def close(self, store: str) -> None:
         """Refuse what waits. What was sent is finished."""
@@ -194,32 +138,32 @@ class Lane:
         self._aside.clear()
         self._room.happened()
 
-    def _refuse(self, jobs: Sequence[_Job]) -> None:
+    def _refuse(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.error = StoreClosedError(self._closed)
             job.settled = True
 
     # The queue ---------------------------------------------------------------------------------
 
-    def _queue(self, job: _Job) -> None:
+    def _queue(self, job: Job) -> None:
         aside = self._aside.get(job.stream)
         if aside is None:
             self._enqueue(job)
         else:
             aside.hold(job)
 
-    def _enqueue(self, job: _Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         if self._closed:
             raise StoreClosedError(self._closed)
         if self._current is None:
-            self._current = batch = _Batch()
+            self._current = batch = Batch()
             batch.grant()
         elif self._waiting:
             batch = self._waiting[-1]
         else:
             batch = self._current
         if batch.sent or batch.full:
-            batch = _Batch()
+            batch = Batch()
             self._waiting.append(batch)
         batch.add(job)
 
@@ -233,10 +177,10 @@ class Lane:
                 batch.grant()
         self._room.happened()
 
-    def _set_aside(self, job: _Job) -> None:
+    def _set_aside(self, job: Job) -> None:
         """Its stream is busy: it asks again, and the others wait behind it, in their order."""
         if job.stream not in self._aside:
-            self._aside[job.stream] = aside = _Batch()
+            self._aside[job.stream] = aside = Batch()
             aside.leader = job
             for later in _to_send(job.batch.jobs):
                 if later.stream == job.stream and later is not job:
@@ -248,7 +192,7 @@ class Lane:
         job.answer = Answer(BUSY, 0)
         job.settled = True
 
-    def _bring_back(self, job: _Job) -> None:
+    def _bring_back(self, job: Job) -> None:
         """It asks no more: let those who wait behind it do so."""
         aside = self._aside.get(job.stream)
         if aside is None or aside.leader is not job:
@@ -261,7 +205,7 @@ class Lane:
                 self._enqueue(later)
         aside.changed.happened()
 
-    def _take_out(self, job: _Job) -> None:
+    def _take_out(self, job: Job) -> None:
         """Take it out of its batch, which gets another leader if it was the one."""
         batch = job.batch
         batch.jobs.remove(job)
@@ -275,7 +219,7 @@ class Lane:
 
     # The callers -------------------------------------------------------------------------------
 
-    async def _done_all_the_same(self, job: _Job, error: BaseException) -> bool:
+    async def _done_all_the_same(self, job: Job, error: BaseException) -> bool:
         """Whether it was stored, though its caller was cancelled, or may have been."""
         if not job.settled:
             if not job.batch.sent:
@@ -292,7 +236,7 @@ class Lane:
         # cancelled still is, and raises at the next checkpoint.
         return cancelled and scope_cancelled and (stored or job.unknown)
 
-    async def _settled(self, job: _Job) -> None:
+    async def _settled(self, job: Job) -> None:
         while not job.settled:
             batch = job.batch
             if batch.leader is not job:
@@ -302,7 +246,7 @@ class Lane:
             else:
                 await batch.granted.wait()
 
-    async def _lead(self, batch: _Batch, leader: _Job) -> None:
+    async def _lead(self, batch: Batch, leader: Job) -> None:
         if not (self._alone or batch.full):
             await checkpoint()  # whoever was woken with this caller comes along
         try:
@@ -334,13 +278,13 @@ class Lane:
             batch.jobs = []
             batch.leader = None
 
-    def _pass_on(self, batch: _Batch) -> None:
+    def _pass_on(self, batch: Batch) -> None:
         if batch is self._current:
             self._next()  # before the others wake up: the next leader comes first
         batch.changed.happened()
 
-    def _send_again(self, batch: _Batch, leader: _Job) -> None:
-        again = _Batch()
+    def _send_again(self, batch: Batch, leader: Job) -> None:
+        again = Batch()
         for job in _to_send(batch.jobs):
             if job is not leader:
                 again.add(job)
@@ -350,7 +294,7 @@ class Lane:
 
     # The server --------------------------------------------------------------------------------
 
-    async def _send(self, connection: Connection, jobs: Sequence[_Job]) -> Connection:
+    async def _send(self, connection: Connection, jobs: Sequence[Job]) -> Connection:
         """Send them, on another connection if this one is lost, and settle each."""
         try:
             await self._settle(connection, jobs)
@@ -369,7 +313,7 @@ class Lane:
                 raise
         return connection
 
-    async def _settle(self, connection: Connection, jobs: Sequence[_Job]) -> None:
+    async def _settle(self, connection: Connection, jobs: Sequence[Job]) -> None:
         if not jobs:
             return
         try:
@@ -422,7 +366,7 @@ class Lane:
         return events_answers(appends, row)
 
     def _fail(
-        self, jobs: Sequence[_Job], error: DriverError, *, unknown: bool | None = None
+        self, jobs: Sequence[Job], error: DriverError, *, unknown: bool | None = None
     ) -> None:
         for job in _to_send(jobs):
             job.unknown = error.lost if unknown is None else unknown
@@ -430,7 +374,7 @@ class Lane:
             job.settled = True
 
 
-def _stored(jobs: Sequence[_Job], answers: Sequence[Answer]) -> set[UUID]:
+def _stored(jobs: Sequence[Job], answers: Sequence[Answer]) -> set[UUID]:
     return {
         event.event_id
         for job, answer in zip(jobs, answers, strict=True)
@@ -439,6 +383,6 @@ def _stored(jobs: Sequence[_Job], answers: Sequence[Answer]) -> set[UUID]:
     }
 
 
-def _to_send(jobs: Sequence[_Job]) -> list[_Job]:
+def _to_send(jobs: Sequence[Job]) -> list[Job]:
     """Those of a batch that is being sent that are not settled, nor set aside meanwhile."""
     return [job for job in jobs if not job.settled and job.batch.sent]

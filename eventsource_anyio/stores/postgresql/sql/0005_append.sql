@@ -75,7 +75,8 @@ $$;
 --
 -- A stream's last version is looked for from the version on that it is believed to have, and only if
 -- it has not, from the beginning: without a lower bound the server would read what is left of the
--- page of the index, which may hold some hundred versions.
+-- page of the index, which may hold some hundred versions. The second look is a statement of its own,
+-- because each part of a statement costs something, needed or not.
 CREATE OR REPLACE FUNCTION es.append_event(
     aggregate_type text, aggregate_id text, expected bigint, event_id uuid, event_type text,
     schema_version int, occurred timestamptz, metadata text, payload text,
@@ -91,18 +92,18 @@ BEGIN
         RETURN;
     END IF;
     -- In a snapshot of its own: what was committed before the lock was had is seen.
-    version := coalesce((
-        SELECT e.version FROM es.events e
+    SELECT e.version INTO version FROM es.events e
         WHERE (e.aggregate_id, e.aggregate_type, e.version)
             BETWEEN (aggregate_id, aggregate_type, believed)
             AND (aggregate_id, aggregate_type, 9223372036854775807)
-        ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-    ), CASE WHEN believed > 0 THEN (
-        SELECT e.version FROM es.events e
-        WHERE (e.aggregate_id, e.aggregate_type, e.version)
-            BETWEEN (aggregate_id, aggregate_type, 0) AND (aggregate_id, aggregate_type, believed)
-        ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-    ) END, 0);
+        ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1;
+    IF version IS NULL AND believed > 0 THEN
+        SELECT e.version INTO version FROM es.events e
+            WHERE (e.aggregate_id, e.aggregate_type, e.version)
+                BETWEEN (aggregate_id, aggregate_type, 0) AND (aggregate_id, aggregate_type, believed)
+            ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1;
+    END IF;
+    version := coalesce(version, 0);
     IF version <> expected THEN
         IF (version > 0 OR expected >= 0 OR expected = -2) AND EXISTS (
                 SELECT FROM es.events e WHERE e.event_id = event_id) THEN
@@ -154,49 +155,57 @@ DECLARE
 BEGIN
     IF wait THEN
         PERFORM pg_advisory_xact_lock(stream.key) FROM (
-            SELECT DISTINCT hashtextextended(coalesce(u.kind, one_kind) || '-' || u.id, seed) AS key
-            FROM unnest(aggregate_types, aggregate_ids) u(kind, id) ORDER BY 1
+            SELECT DISTINCT hashtextextended(
+                coalesce(aggregate_types[i], one_kind) || '-' || aggregate_ids[i], seed) AS key
+            FROM generate_series(1, appends) i ORDER BY 1
         ) stream;
         free := array_fill(true, ARRAY[appends]);
     ELSE
-        SELECT array_agg(pg_try_advisory_xact_lock(
-                hashtextextended(coalesce(u.kind, one_kind) || '-' || u.id, seed)))
-            INTO free FROM unnest(aggregate_types, aggregate_ids) u(kind, id);
+        SELECT array_agg(pg_try_advisory_xact_lock(hashtextextended(
+                coalesce(aggregate_types[i], one_kind) || '-' || aggregate_ids[i], seed)))
+            INTO free FROM generate_series(1, appends) i;
         plain := plain AND NOT false = ANY (free);
     END IF;
     -- In a snapshot of its own: what was committed before the locks were had is seen.
-    SELECT array_agg(CASE WHEN same_as[u.nth] <> u.nth THEN 0 ELSE coalesce((
+    SELECT array_agg(CASE WHEN same_as[u.i] <> u.i THEN 0 ELSE coalesce((
             SELECT e.version FROM es.events e
             WHERE (e.aggregate_id, e.aggregate_type, e.version)
-                BETWEEN (u.id, coalesce(u.kind, one_kind), u.believed)
-                AND (u.id, coalesce(u.kind, one_kind), 9223372036854775807)
+                BETWEEN (u.id, u.kind, u.believed) AND (u.id, u.kind, 9223372036854775807)
             ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-        ), CASE WHEN u.believed > 0 THEN (
-            SELECT e.version FROM es.events e
-            WHERE (e.aggregate_id, e.aggregate_type, e.version)
-                BETWEEN (u.id, coalesce(u.kind, one_kind), 0)
-                AND (u.id, coalesce(u.kind, one_kind), u.believed)
-            ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
-        ) END, 0) END)
+        ), CASE WHEN u.believed <= 0 THEN 0 END) END)
         INTO versions FROM (
-            SELECT nth, id, kind, CASE WHEN asked < -2 THEN -3 - asked ELSE asked END AS believed
-            FROM unnest(aggregate_types, aggregate_ids, expected)
-                WITH ORDINALITY given(kind, id, asked, nth)
+            SELECT i, aggregate_ids[i] AS id, coalesce(aggregate_types[i], one_kind) AS kind,
+                CASE WHEN expected[i] < -2 THEN -3 - expected[i] ELSE expected[i] END AS believed
+            FROM generate_series(1, appends) i
         ) u;
+    IF array_position(versions, NULL) > 0 THEN
+        SELECT array_agg(coalesce(versions[u.i], (
+                SELECT e.version FROM es.events e
+                WHERE (e.aggregate_id, e.aggregate_type, e.version)
+                    BETWEEN (u.id, u.kind, 0) AND (u.id, u.kind, 9223372036854775807)
+                ORDER BY e.aggregate_id DESC, e.aggregate_type DESC, e.version DESC LIMIT 1
+            ), 0))
+            INTO versions FROM (
+                SELECT i, aggregate_ids[i] AS id, coalesce(aggregate_types[i], one_kind) AS kind
+                FROM generate_series(1, appends) i
+            ) u;
+    END IF;
     IF NOT plain THEN
         FOR i IN 1..cardinality(same_as) LOOP
             versions[i] := versions[same_as[i]];
         END LOOP;
     END IF;
-    IF versions <> expected AND EXISTS (SELECT FROM unnest(versions, expected) u(now, asked)
-            WHERE u.now <> u.asked AND (u.now > 0 OR u.asked >= 0 OR u.asked = -2)) THEN
-        -- One by one: a join may be planned as a scan of the whole table, while it is small.
-        SELECT array_agg(DISTINCT CASE appends WHEN 1 THEN 1 ELSE coalesce(u.append, u.nth) END)
-            INTO known FROM unnest(append, event_ids) WITH ORDINALITY u(append, id, nth)
-            WHERE (SELECT true FROM es.events e WHERE e.event_id = u.id LIMIT 1);
-        plain := plain AND known IS NULL AND NOT EXISTS (
-            SELECT FROM unnest(versions, expected) u(now, asked)
-            WHERE u.now <> u.asked AND (u.asked >= 0 OR (u.asked = -2 AND u.now = 0)));
+    IF versions <> expected THEN
+        IF EXISTS (SELECT FROM unnest(versions, expected) u(now, asked)
+                WHERE u.now <> u.asked AND (u.now > 0 OR u.asked >= 0 OR u.asked = -2)) THEN
+            -- One by one: a join may be planned as a scan of the whole table, while it is small.
+            SELECT array_agg(DISTINCT CASE appends WHEN 1 THEN 1 ELSE coalesce(u.append, u.nth) END)
+                INTO known FROM unnest(append, event_ids) WITH ORDINALITY u(append, id, nth)
+                WHERE (SELECT true FROM es.events e WHERE e.event_id = u.id LIMIT 1);
+            plain := plain AND known IS NULL AND NOT EXISTS (
+                SELECT FROM unnest(versions, expected) u(now, asked)
+                WHERE u.now <> u.asked AND (u.asked >= 0 OR (u.asked = -2 AND u.now = 0)));
+        END IF;
     END IF;
     statuses := array_fill(0, ARRAY[appends]);
     IF NOT plain THEN
@@ -220,52 +229,22 @@ BEGIN
         END IF;
     END IF;
     recorded := clock_timestamp();
-    IF plain AND appends > 1 AND cardinality(append) = 0 THEN
-        WITH inserted AS (
-            INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
-                event_type, aggregate_type, aggregate_id, metadata, payload)
-            SELECT u.version + 1, recorded, u.occurred, u.event_id, coalesce(u.schema_version, 1),
-                coalesce(u.event_type, one_type), coalesce(u.kind, one_kind), u.id,
-                u.metadata, u.payload
-            FROM unnest(versions, aggregate_types, aggregate_ids, event_ids, event_types,
-                schema_versions, occurred, metadatas, payloads)
-                u(version, kind, id, event_id, event_type, schema_version, occurred, metadata,
-                payload)
-            RETURNING position
-        )
-        SELECT array_agg(inserted.position) INTO given FROM inserted;
-    ELSIF appends > 1 THEN
-        WITH inserted AS (
-            INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
-                event_type, aggregate_type, aggregate_id, metadata, payload)
-            SELECT versions[coalesce(u.append, u.nth)] + coalesce(u.place, 1), recorded,
-                u.occurred, u.event_id, coalesce(u.schema_version, 1),
-                coalesce(u.event_type, one_type), coalesce(stream.kind, one_kind), stream.id,
-                u.metadata, u.payload
-            FROM unnest(append, place, event_ids, event_types, schema_versions, occurred, metadatas,
-                payloads) WITH ORDINALITY u(append, place, event_id, event_type, schema_version,
-                occurred, metadata, payload, nth)
-            JOIN unnest(aggregate_types, aggregate_ids) WITH ORDINALITY stream(kind, id, append)
-                ON stream.append = coalesce(u.append, u.nth)
-            WHERE statuses[coalesce(u.append, u.nth)] = 0
-            ORDER BY u.nth
-            RETURNING position
-        )
-        SELECT array_agg(inserted.position) INTO given FROM inserted;
-    ELSE
-        version := versions[1];
-        WITH inserted AS (
-            INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
-                event_type, aggregate_type, aggregate_id, metadata, payload)
-            SELECT version + u.place, recorded, u.occurred, u.event_id,
-                coalesce(u.schema_version, 1), coalesce(u.event_type, one_type), one_kind,
-                aggregate_ids[1], u.metadata, u.payload
-            FROM unnest(event_ids, event_types, schema_versions, occurred, metadatas, payloads)
-                WITH ORDINALITY u(event_id, event_type, schema_version, occurred, metadata, payload,
-                place)
-            RETURNING position
-        )
-        SELECT array_agg(inserted.position) INTO given FROM inserted;
-    END IF;
+    -- Elements by their numbers, here and above: unnest would copy each array.
+    WITH inserted AS (
+        INSERT INTO es.events (version, recorded_at, occurred_at, event_id, schema_version,
+            event_type, aggregate_type, aggregate_id, metadata, payload)
+        SELECT versions[u.append] + u.place, recorded, occurred[u.i], event_ids[u.i],
+            coalesce(schema_versions[u.i], 1), coalesce(event_types[u.i], one_type),
+            coalesce(aggregate_types[u.append], one_kind), aggregate_ids[u.append],
+            metadatas[u.i], payloads[u.i]
+        FROM (
+            SELECT i, CASE appends WHEN 1 THEN 1 ELSE coalesce(append[i], i) END AS append,
+                CASE appends WHEN 1 THEN i ELSE coalesce(place[i], 1) END AS place
+            FROM generate_series(1, cardinality(event_ids)) i
+        ) u
+        WHERE plain OR statuses[u.append] = 0
+        RETURNING position
+    )
+    SELECT array_agg(inserted.position) INTO given FROM inserted;
 END
 $$;
