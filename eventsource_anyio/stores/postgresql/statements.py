@@ -191,7 +191,7 @@ class Statements:
 def _expected_number(append: Append, reached: Reached) -> int:
     expected = append.expected_version
     if type(expected) is int:
-        return expected if expected < LARGEST else LARGEST
+        return min(expected, LARGEST)
     if expected is ExpectedVersion.ANY:
         version = reached.get((append.aggregate_type, append.aggregate_id))
         if version is not None:
