@@ -48,6 +48,30 @@ class AppendContract:
         assert stored.occurred_at == moment
         assert stored.occurred_at.utcoffset() == timedelta(0)
 
+    async def test_events_that_are_stored_together_keep_what_is_their_own(
+        self, store: EventStore
+    ) -> None:
+        def event(number: int) -> NewEvent:
+            moment = datetime(2020, 1, number, tzinfo=UTC) if number % 2 else None
+            own: dict[str, object] = {"number": number} if number % 3 else {}
+            kind = Ended() if number % 5 == 0 else Happened(number)
+            return NewEvent(kind, metadata=own, occurred_at=moment)
+
+        async def append(number: int) -> None:
+            events = [event(number * 4 + more) for more in range(1, 1 + number % 3 + 1)]
+            result = await store.append_events(f"s-{number}", "Thing", events, NO_STREAM)
+            stored = [*await store.get_events(f"s-{number}", "Thing")]
+            assert stored == [*result.events]
+            assert [one.event_id for one in stored] == [new.event_id for new in events]
+            for one, new in zip(stored, events, strict=True):
+                assert one.event == new.event
+                assert one.metadata == new.metadata
+                assert one.occurred_at == (new.occurred_at or one.recorded_at)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(7):
+                tasks.start_soon(append, number)
+
     async def test_a_uuid_comes_back_as_a_uuid_and_a_string_as_a_string(
         self, store: EventStore
     ) -> None:
