@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, overload
 
@@ -45,6 +46,7 @@ class PageRequest(Struct, frozen=True):
     slices: tuple[int, int] | None
 
 
+_AT_ONCE = 64  # events decoded before others have their turn: about as many as a batch of appends
 Row = TypeVar("Row")
 
 
@@ -234,10 +236,23 @@ class Subscription(_PageReader):
             while not self._left and self.position == before:
                 if await self._look() and self.position == before:
                     await self._wait(before)
-        events = list(self._events)
+            events = await self._decoded()
         self._left = 0
         if events:
             self._passed(events[-1])
+        return events
+
+    async def _decoded(self) -> Sequence[Read]:
+        """What is left of the page; other tasks have their turn between."""
+        events: list[Read] = []
+        try:
+            for event in self._events:
+                events.append(event)
+                if len(events) % _AT_ONCE == 0:
+                    await checkpoint()
+        except BaseException:
+            self._events = chain(events, self._events)
+            raise
         return events
 
     async def _turn(self) -> None:

@@ -193,13 +193,15 @@ def encode_append(
         raise TypeError(f"events must be a list of events, not one: [{type(events).__name__}(…)]")
     context = merge_metadata(metadata)
     context_json = encode_metadata(context) if context else None
+    shared = decode_metadata(context_json)
     encoded: list[EncodedEvent] = []
     for given in events:
-        own_json, occurred_at = context_json, None
+        own, own_json, occurred_at = shared, context_json, None
         if isinstance(given, NewEvent):
             event, event_id = given.event, given.event_id
             if given.metadata:
                 own_json = encode_metadata(merge_metadata(metadata, given.metadata))
+                own = decode_metadata(own_json)
             if given.occurred_at is not None:
                 occurred_at = given.occurred_at.astimezone(UTC)
         else:
@@ -216,7 +218,7 @@ def encode_append(
                 kind.name,
                 kind.schema_version,
                 payload.decode(),
-                decode_metadata(own_json) if own_json else {},
+                own,
                 own_json,
                 occurred_at,
             )

@@ -11,6 +11,7 @@ import pytest
 from ..errors import StoreClosedError
 from ..events import NewEvent
 from ..stores.interface import ANY, NO_STREAM, EventStore, ReadOptions
+from ..stores.reading import readable
 from .samples import Happened, append_numbers, numbers
 
 T = TypeVar("T")
@@ -160,6 +161,27 @@ class CancelContract:
                     while len(seen) < appended:
                         seen.append((await anext(subscription)).version)
                 assert seen == list(range(1, appended + 1))
+
+    async def test_a_cancelled_batch_of_a_subscriber_has_consumed_nothing(
+        self, store: EventStore
+    ) -> None:
+        await append_numbers(store, 200)
+        reached = 0
+        for nth in range(1, 12):
+            with anyio.fail_after(20):
+                async with store.subscribe(options=ReadOptions(batch_size=200)) as subscription:
+                    seen: list[int] = []
+                    with anyio.CancelScope() as scope:
+                        work = _CancelledAt(subscription.next_batch(), scope, nth)
+                        seen += numbers(readable(await work))
+                    reached += scope.cancelled_caught
+                    if not seen:
+                        seen += numbers([await anext(subscription)])
+                    while len(seen) < 200:
+                        seen += numbers(readable(await subscription.next_batch()))
+                    assert seen == list(range(200))
+        # A page is decoded in parts, so that a large one keeps nobody else from running.
+        assert reached >= 3
 
     async def test_a_caller_that_gave_up_delays_nobody(self, store: EventStore) -> None:
         """Appends with deadlines of nothing, among others: those that returned are there."""
