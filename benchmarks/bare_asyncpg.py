@@ -6,11 +6,14 @@
   msgspec, in the task that wants the row stored.
 - The limit is `INSERT`: one statement that asyncpg has prepared before, a transaction of its own,
   with `unnest` where an append is of several events. Nothing is checked, and nothing is answered.
-- Three more are told. `append_event` is our store's function, a transaction a row, so that what is
-  left between it and the store is the grouping of appends. `checked transaction` is what one writes
-  who needs the version checked: BEGIN, the stream's version, INSERT, COMMIT. `gathered` is grouping
-  and nothing else, the most that any store could reach on the machine: rows that wait are inserted
-  together, as many at a time as our store does, and again nothing is checked, answered or ordered.
+- More are told. `our function` is what our store calls, a transaction an append, so that what is
+  left between it and the store is its Python, and the grouping of appends. `our function, our
+  encoding` also has the events encoded as our store does it, which reads each back. `checked
+  transaction` is what one writes who needs the version checked: BEGIN, the stream's version,
+  INSERT, COMMIT.
+- `gathered` is grouping and nothing else, the most that any store could reach on the machine:
+  rows that wait are inserted together, as many at a time as our store does, and again nothing is
+  checked, answered or ordered. `gathered, our function` has them checked, by our store's function.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ import asyncpg  # type: ignore[import-untyped]
 import msgspec
 
 from eventsource_anyio.ids import uuid7
+from eventsource_anyio.stores.postgresql.schema import Schema
+from eventsource_anyio.stores.postgresql.statements import Statements, events_values
+from eventsource_anyio.stores.records import encode_append
 
 from .events import PLACED, Placed
 from .suite import Found, per_second
@@ -46,9 +52,7 @@ INSERT INTO bare.events (version, recorded_at, occurred_at, event_id, schema_ver
     aggregate_type, aggregate_id, metadata, payload)
 VALUES ($1, clock_timestamp(), $2, $3, $4, $5, $6, $7, $8, $9)
 """
-APPEND_EVENT = """
-SELECT * FROM eventsource.append_event($1, $2, $3, $4, $5, $6, $7, $8, $9)
-"""
+_STATEMENTS = Statements(Schema("eventsource", ""))
 # By comparing rows, as our store does: no statistics can talk the planner into another index.
 VERSION = """
 SELECT coalesce((
@@ -125,12 +129,47 @@ async def _insert_together(connection: Any, *rows: Row) -> None:
     await connection.fetch(_INSERT_ROWS, kinds[0], types[0], streams, versions, ids, payloads)
 
 
-async def _append_event(connection: Any, row: Row) -> None:
+async def _append(connection: Any, row: Row) -> None:
+    if not isinstance(row[0], int):
+        kind, stream, versions, ids, _, types, payloads = cast("tuple[Any, ...]", row)
+        await _append_rows(connection, [kind], [stream], [versions[0] - 1], ids, types, payloads)
+        return
     version, occurred_at, event_id, schema_version, kind, aggregate_type, stream, *rest = row
     values = (aggregate_type, stream, cast("int", version) - 1, event_id, kind, schema_version)
-    ((status, *_),) = await connection.fetch(APPEND_EVENT, *values, occurred_at, *rest)
+    ((status, *_),) = await connection.fetch(_STATEMENTS.append_event, *values, occurred_at, *rest)
     if status != 0:
         raise AssertionError(f"append_event answered {status}")
+
+
+async def _append_together(connection: Any, *rows: Row) -> None:
+    versions, _, ids, _, types, kinds, streams, _, payloads = zip(*rows, strict=True)
+    expected = [cast("int", version) - 1 for version in versions]
+    await _append_rows(connection, kinds[:1], streams, expected, ids, types, payloads)
+
+
+async def _append_rows(
+    connection: Any,
+    kinds: Sequence[object],
+    streams: Sequence[object],
+    expected: Sequence[int],
+    ids: Sequence[object],
+    types: Sequence[object],
+    payloads: Sequence[object],
+) -> None:
+    """Of one type, with the arguments that our store gives for these."""
+    values = (kinds, streams, (), expected, (), (), (), ids, types[:1], (), (), (), payloads)
+    ((statuses, *_),) = await connection.fetch(_STATEMENTS.append_events, *values, False, False)
+    if any(statuses):
+        raise AssertionError(f"append_events answered {statuses}")
+
+
+async def _append_encoded(connection: Any, row: Row) -> None:
+    _, stream, versions, *_ = cast("tuple[Any, ...]", row)
+    encoded = encode_append(stream, "Order", [PLACED] * len(versions), versions[0] - 1, None)
+    values = events_values([encoded], wait=False, atomic=False)
+    ((statuses, *_),) = await connection.fetch(_STATEMENTS.append_events, *values)
+    if any(statuses):
+        raise AssertionError(f"append_events answered {statuses}")
 
 
 async def _checked(connection: Any, row: Row) -> None:
@@ -143,17 +182,19 @@ async def _checked(connection: Any, row: Row) -> None:
 
 WAYS: Mapping[str, Callable[[Any, Row], Awaitable[None]]] = {
     "checked transaction": _checked,
-    "append_event": _append_event,
+    "our function": _append,
+    "our function, our encoding": _append_encoded,
     "INSERT": _insert,
     "gathered": _insert_together,
+    "gathered, our function": _append_together,
 }
 
 
 async def appends(
     dsn: str, tasks: int, events: int, contended: bool, seconds: float, way: str = "INSERT"
 ) -> Found:
-    if way == "gathered":
-        return await _gathered(dsn, tasks, seconds)
+    if way.startswith("gathered"):
+        return await _gathered(dsn, tasks, seconds, way)
     if tasks == 1:
         return await _one_by_one(dsn, events, seconds, way)
     return await _queue(dsn, tasks, events, contended, seconds, way)
@@ -232,8 +273,9 @@ async def _served(
     return ended - begun
 
 
-async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
-    """Each connection inserts what has come together while it was busy."""
+async def _gathered(dsn: str, tasks: int, seconds: float, way: str) -> Found:
+    """Each connection stores what has come together while it was busy."""
+    store = WAYS[way]
     loop = asyncio.get_running_loop()
     waiting: list[list[tuple[Row, asyncio.Future[None]]]] = [[] for _ in range(_LANES)]
     something = [asyncio.Event() for _ in waiting]
@@ -246,7 +288,7 @@ async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
             while mine:
                 together = mine[:_GATHERED_AT_MOST]
                 del mine[:_GATHERED_AT_MOST]
-                await _insert_together(connection, *(row for row, _ in together))
+                await store(connection, *(row for row, _ in together))
                 for _, stored in together:
                     stored.set_result(None)
                 await asyncio.sleep(0)  # whoever was woken now comes along
@@ -265,7 +307,7 @@ async def _gathered(dsn: str, tasks: int, seconds: float) -> Found:
             if perf_counter() >= end:
                 return
 
-    async with _connections(dsn, _LANES, "gathered", 1) as connections:
+    async with _connections(dsn, _LANES, way, 1) as connections:
         servers = [partial(serve, one, lane) for lane, one in enumerate(connections)]
         took = await _served(servers, append, tasks, seconds)
         return per_second(done, took)

@@ -149,9 +149,11 @@ def _projections(results: Results) -> Iterator[Claim]:
         for unit, most in (("p50 ms", 5), ("p99 ms", 15)):
             key = ("append to read model", _PG, "1 writer", ours(loop), unit)
             yield from _value(results, key, "≤", most)
-        where = ("append, with a projection", _PG, "50 writers", ours(loop))
-        beside, alone = results.find(*where, "appends/s"), results.find(*where, "alone, appends/s")
-        yield from _divided(beside, alone, "without it", "≥", 0.8)
+        for place in ("two processes", "one process"):
+            where = ("append, with a projection", _PG, f"50 writers, {place}", ours(loop))
+            beside = results.find(*where, "appends/s")
+            alone = results.find(*where, "alone, appends/s")
+            yield from _divided(beside, alone, "without it", "≥", 0.8)
 
 
 def _buses(results: Results) -> Iterator[Claim]:

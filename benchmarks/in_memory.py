@@ -19,7 +19,7 @@ from .suite import NAME, Found, Piece, Suite, anyios, on, ours, per_second
 
 STORE = "memory"
 _FOLDED = 50_000
-_WAITING = 128
+_WAITING = (128, 1000)
 
 
 def fold() -> Found:
@@ -38,7 +38,7 @@ def fold() -> Found:
     return per_second(_FOLDED, seconds)
 
 
-async def wake_ups(seconds: float) -> Found:
+async def wake_ups(waiting: int, seconds: float) -> Found:
     """Tasks that wait for an event of anyio's, and wait for the next one as soon as it was set.
 
     What each append among many costs on an event loop, whatever the store does.
@@ -52,11 +52,11 @@ async def wake_ups(seconds: float) -> Found:
         while not ended:
             await event.wait()
             woken += 1
-            if woken % _WAITING == 0:
+            if woken % waiting == 0:
                 back.set()
 
     async with anyio.create_task_group() as tasks:
-        for _ in range(_WAITING):
+        for _ in range(waiting):
             tasks.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
         begun = perf_counter()
@@ -118,6 +118,7 @@ def add(suite: Suite, plan: Plan) -> None:
             followed = partial(_opened, loop, work.followed, tasks, events, contended, seconds)
             suite.add(Piece("append, with a subscriber", STORE, case, ours(loop)), followed)
     suite.add(Piece("fold", STORE, "8 event types", NAME), fold)
-    for loop in plan.loops:
-        piece = Piece("wake-up of a task", STORE, f"{_WAITING} that wait", anyios(loop))
-        suite.add(piece, partial(on, loop, wake_ups, seconds))
+    for waiting in _WAITING:
+        for loop in plan.loops:
+            piece = Piece("wake-up of a task", STORE, f"{waiting:,} that wait", anyios(loop))
+            suite.add(piece, partial(on, loop, wake_ups, waiting, seconds))

@@ -98,8 +98,16 @@ async def collect(events: AsyncIterator[DomainEvent]) -> dict[str, float]:
 
 @contextmanager
 def follower(*command: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """A process that follows, from when it says that it is ready; what it found in the end."""
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
+    """A process that follows, from when it says that it is ready; what it found in the end.
+
+    To be asked for that ends its standard input.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def found() -> dict[str, float]:
         said, _ = process.communicate(timeout=_LONGEST)

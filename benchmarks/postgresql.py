@@ -5,7 +5,7 @@ What is compared stands side by side: first the bare driver, then ours, then the
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -26,9 +26,11 @@ STORE = "PostgreSQL"
 READING = "reading"
 PLACES = {"two processes": latency.two_processes, "one process": latency.one_process}
 TOLD: Mapping[str, str] = {
-    "append_event": "asyncpg, our append function",
+    "our function": "asyncpg, our append function",
+    "our function, our encoding": "asyncpg, our append function, our encoding",
     "checked transaction": "asyncpg, BEGIN, version, INSERT, COMMIT",
     "gathered": "asyncpg, rows gathered, nothing checked",
+    "gathered, our function": "asyncpg, rows gathered, our append function",
 }
 """What is told beside the limit: what a check costs, and how far grouping can go."""
 AGAIN: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +38,16 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
     "eventsourcing": ("TRUNCATE totals", "DROP TABLE IF EXISTS totals_tracking"),
 }
 """Has a peer's projection begin again."""
+
+
+def told(tasks: int, events: int, contended: bool) -> Sequence[str]:
+    """Which of them are told of this case."""
+    if contended or (events > 1 and tasks > 1):
+        return ()
+    if events > 1:
+        return ("our function", "our function, our encoding")
+    alone = ("our function", "checked transaction")
+    return alone if tasks == 1 else (*alone, "gathered", "gathered, our function")
 
 
 @attrs.frozen
@@ -79,9 +91,8 @@ class _Pieces:
             for loop in self.bare_loops:
                 self._bare("append", case, f"bare asyncpg, {loop}", loop, bare)
             plain = events == 1 and not contended
-            for way, name in TOLD.items() if plain and self.plan.others else ():
-                if tasks > 1 or way != "gathered":
-                    self._bare("append", case, name, "asyncio", partial(bare, way=way))
+            for way in told(*how) if self.plan.others else ():
+                self._bare("append", case, TOLD[way], "asyncio", partial(bare, way=way))
             our = partial(
                 work.appends,
                 tasks=tasks,
@@ -229,9 +240,18 @@ class _Pieces:
             waiting = partial(projections.latency, seconds=self.plan.seconds)
             self._ours("append to read model", "1 writer", subject, waiting, "", empty_both)
         for subject in self.subjects:
-            beside = partial(projections.beside_writers, seconds=self.plan.seconds)
-            case = "50 writers"
-            self._ours("append, with a projection", case, subject, beside, "", empty_both)
+            one = partial(projections.in_one_process, seconds=self.plan.seconds)
+            case = "50 writers, one process"
+            self._ours("append, with a projection", case, subject, one, "", empty_both)
+        for subject in self.subjects if self.plan.others else ():
+
+            def two(subject: Subject = subject) -> Found:
+                self._empty()
+                empty_both()
+                return projections.in_two_processes(self.dsn, subject, self.plan.seconds)
+
+            case = "50 writers, two processes"
+            self.suite.add(Piece("append, with a projection", STORE, case, str(subject)), two)
 
     def latencies(self) -> None:
         for load, seconds in self.plan.latencies:

@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import asyncpg  # type: ignore[import-untyped]
@@ -33,7 +34,9 @@ from eventsource_anyio.stores.sql_transaction import SQLTransaction
 from eventsource_anyio.stores.transaction import Transaction
 
 from .events import PLACED, Placed
-from .suite import Found, per_second
+from .latency import follower, say_ready
+from .subject import Driver, Subject, opened
+from .suite import Found, on, per_second
 from .work import warm
 
 TABLES = """
@@ -177,7 +180,7 @@ async def latency(store: EventStore, seconds: float) -> Found:
     return {"p50 ms": took[len(took) // 2], "p99 ms": took[len(took) * 99 // 100]}
 
 
-async def beside_writers(store: EventStore, seconds: float) -> Found:
+async def in_one_process(store: EventStore, seconds: float) -> Found:
     """50 writers alone, and then with a projection in the same process."""
     async with store:
         await warm(store)
@@ -189,6 +192,35 @@ async def beside_writers(store: EventStore, seconds: float) -> Found:
             beside, lag = await _write(store, coordinator, seconds)
             coordinator.stop()
     return {"appends/s": beside, "alone, appends/s": alone, "events behind": lag}
+
+
+def in_two_processes(dsn: str, subject: Subject, seconds: float) -> Found:
+    """50 writers here, alone, and then with a projection in another process."""
+    return on(subject.loop, _beside, opened(dsn, driver=subject.driver), dsn, subject, seconds)
+
+
+async def _beside(store: EventStore, dsn: str, subject: Subject, seconds: float) -> Found:
+    async with store:
+        await warm(store)
+        alone, _ = await _write(store, None, seconds)
+        with follower("benchmarks.projections", dsn, subject.loop, subject.driver) as found:
+            beside, _ = await _write(store, None, seconds)
+            return {"appends/s": beside, "alone, appends/s": alone, **found()}
+
+
+async def _project(store: EventStore) -> dict[str, float]:
+    """Until standard input ends; how far behind it is then, and that it gets there."""
+    async with store, anyio.create_task_group() as tasks:
+        coordinator = ProjectionCoordinator(store, [TotalsByBatch()])
+        await tasks.start(coordinator.run)
+        await coordinator.wait_for(await store.last_position())
+        say_ready()
+        await anyio.to_thread.run_sync(sys.stdin.read)
+        position = coordinator.statistics()[0].position
+        last = await store.last_position()
+        await coordinator.wait_for(last)
+        coordinator.stop()
+    return {"events behind": last - position}
 
 
 async def _write(
@@ -210,3 +242,8 @@ async def _write(
         for number in range(50):
             group.start_soon(write, number)
     return done / (perf_counter() - begun), worst
+
+
+if __name__ == "__main__":
+    dsn, loop, driver = sys.argv[1:]
+    print(json.dumps(on(loop, _project, opened(dsn, driver=cast("Driver", driver)))))
