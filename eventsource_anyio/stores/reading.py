@@ -4,7 +4,8 @@
   at any point, on any loop.
 - Reading a page is a checkpoint, and nothing is consumed before it has succeeded; the events of a
   page that is there are handed out without another one (a checkpoint an event would cost more than
-  the event).
+  the event). A subscription's batch is decoded in parts, with a checkpoint between, and consumed as
+  a whole.
 - An event that cannot be decoded is raised in its turn; asked again, the reader goes on after it.
 """
 
