@@ -189,7 +189,7 @@ def encode_append(
     aggregate_id = normalize_aggregate_id(aggregate_id)
     if type(expected_version) is not int or expected_version < 0:
         _check_expected(expected_version)
-    if type(events) is not list and isinstance(events, (DomainEvent, NewEvent)):
+    if isinstance(events, (DomainEvent, NewEvent)):
         raise TypeError(f"events must be a list of events, not one: [{type(events).__name__}(…)]")
     context = merge_metadata(metadata)
     context_json = encode_metadata(context) if context else None
