@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from functools import partial
 
@@ -48,6 +49,8 @@ async def work(
 
 
 if __name__ == "__main__":
+    # Which is ignored by whatever a shell has started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     url, name, backend, options, partitions, lease, pause, record = sys.argv[1:]
     anyio.run(
         partial(work, url, name, int(partitions), float(lease), float(pause), record),
