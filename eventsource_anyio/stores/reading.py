@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, overload
 
@@ -252,7 +251,7 @@ class Subscription(_PageReader):
                 if len(events) % _AT_ONCE == 0:
                     await checkpoint()
         except BaseException:
-            self._events = chain(events, self._events)
+            self._events = iter([*events, *self._events])
             raise
         return events
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta, timezone
+from enum import IntEnum
 from uuid import UUID, uuid4
 
 import anyio
@@ -121,6 +122,16 @@ class AppendContract:
         with pytest.raises(ConcurrencyError, match="Thing-a is at version 2, expected"):
             await store.append_events("a", "Thing", [Ended(), Ended()], expected)
         assert len(await store.get_events("a", "Thing")) == 2
+
+    async def test_a_version_may_be_any_kind_of_integer(self, store: EventStore) -> None:
+        class Version(IntEnum):
+            NEW = 0
+            FIRST = 1
+
+        await store.append_events("a", "Thing", [Ended()], Version.NEW)
+        await store.append_events("a", "Thing", [Ended(), Ended()], Version.FIRST)
+        with pytest.raises(ConcurrencyError, match="Thing-a is at version 3, expected"):
+            await store.append_events("a", "Thing", [Ended()], Version.FIRST)
 
     async def test_a_conflict_says_what_came_between(self, store: EventStore) -> None:
         await append_numbers(store, 2)

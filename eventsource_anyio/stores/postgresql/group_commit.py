@@ -44,6 +44,7 @@ from .statements import (
     events_answers,
     events_values,
 )
+from .writing import outcome
 
 _BATCHES_AT_MOST = 100
 _REACHED_AT_MOST = 10_000
@@ -56,23 +57,15 @@ _LOCK_TABLE_FULL = "53200"
 UNIQUE = "23505"
 
 Committed: TypeAlias = Callable[[Connection], Awaitable[None]]
-Outcome: TypeAlias = Callable[[Append, Answer], Awaitable[AppendResult | None]]
 
 
 class Lane:
-    """Sends one batch after another. `committed` is called after each with its connection.
+    """Sends one batch after another. `committed` is called after each with its connection."""
 
-    `outcome` makes the result, or the error, of an answer that says that nothing was stored now;
-    or None, if it is to be tried again.
-    """
-
-    def __init__(
-        self, pool: Pool, statements: Statements, committed: Committed, outcome: Outcome
-    ) -> None:
+    def __init__(self, pool: Pool, statements: Statements, committed: Committed) -> None:
         self._pool = pool
         self._statements = statements
         self._committed = committed
-        self._outcome = outcome
         self._current: Batch | None = None  # is being sent, or about to be
         self._waiting: deque[Batch] = deque()
         self._aside: dict[Stream, Batch] = {}  # behind one that asks again
@@ -293,6 +286,12 @@ class Lane:
         self._pass_on(batch)
 
     # The server --------------------------------------------------------------------------------
+
+    async def _outcome(self, append: Append, answer: Answer) -> AppendResult | None:
+        try:
+            return await outcome(self._pool.fetch, self._statements, append, answer)
+        except DriverError as error:
+            raise storage_error(error, unknown=error.lost) from error
 
     async def _send(self, connection: Connection, jobs: Sequence[Job]) -> Connection:
         """Send them, on another connection if this one is lost, and settle each."""

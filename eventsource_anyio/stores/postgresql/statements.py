@@ -190,7 +190,7 @@ class Statements:
 
 def _expected_number(append: Append, reached: Reached) -> int:
     expected = append.expected_version
-    if type(expected) is int:
+    if isinstance(expected, int):
         return min(expected, LARGEST)
     if expected is ExpectedVersion.ANY:
         version = reached.get((append.aggregate_type, append.aggregate_id))

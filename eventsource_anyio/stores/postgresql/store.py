@@ -38,10 +38,10 @@ from .migrating import check, migrate
 from .paging import read_page
 from .pool import Pool
 from .schema import Schema
-from .statements import Answer, Statements, by_id
+from .statements import Statements, by_id
 from .tail import Tail
 from .transaction import PostgreSQLTransaction, begun, fetch_in, on_commit, savepoint
-from .writing import outcome, write_at_once, write_steps
+from .writing import write_at_once, write_steps
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -256,7 +256,7 @@ class PostgreSQLEventStore(EventStore):
             signal = AppendSignal()
             tail = Tail(driver, pool, statements, signal, channel, self._poll_every)
             stack.push_async_callback(tail.close)
-            lanes = [Lane(pool, statements, tail.hint, self._outcome) for _ in range(_LANES)]
+            lanes = [Lane(pool, statements, tail.hint) for _ in range(_LANES)]
             self._state = _Opened(stack.pop_all(), guest, pool, signal, tail, lanes, statements)
 
     async def _close(self) -> None:
@@ -282,13 +282,6 @@ class PostgreSQLEventStore(EventStore):
             lanes = self._ready().lanes
             return lanes[hash((append.aggregate_type, append.aggregate_id)) % _LANES].append(append)
         return self._write_together(steps)
-
-    async def _outcome(self, append: Append, answer: Answer) -> AppendResult | None:
-        state = self._opened()
-        try:
-            return await outcome(state.pool.fetch, state.statements, append, answer)
-        except DriverError as error:
-            raise storage_error(error, unknown=error.lost) from error
 
     async def _write_together(self, steps: Sequence[Step]) -> Sequence[AppendResult]:
         state = self._ready()

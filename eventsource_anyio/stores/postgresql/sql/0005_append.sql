@@ -195,7 +195,7 @@ BEGIN
             versions[i] := versions[same_as[i]];
         END LOOP;
     END IF;
-    IF versions <> expected THEN
+    IF versions <> expected THEN -- apart from the next condition, which is a query
         IF EXISTS (SELECT FROM unnest(versions, expected) u(now, asked)
                 WHERE u.now <> u.asked AND (u.now > 0 OR u.asked >= 0 OR u.asked = -2)) THEN
             -- One by one: a join may be planned as a scan of the whole table, while it is small.
