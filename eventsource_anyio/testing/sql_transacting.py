@@ -325,7 +325,7 @@ class SQLTransactContract:
             async with store.transaction() as tx:
                 await count(tx, "a")
                 await tx.checkpoints.save("reader", runs, expected=whole)
-                await tx.run_sync(open_account, str(runs))
+                await tx.run_sync(open_account, f"{runs:04}")  # in order as texts too
                 await tx.append_events("a", "Thing", [Happened(runs)], ANY)
             return True
 
